@@ -1,0 +1,163 @@
+"""The deployment: one frozen, validated object from YAML and flags, built once and handed down.
+
+`load` reads a file, `Deployment.with_flags` lays command-line flags over it. Unknown keys are refused with the place
+where they belong. Nothing here looks at the model or the machine: "auto" values are resolved where they are used.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from afd.errors import ConfigError
+from afd.topology import Sharding, Topology
+
+TransportKind = Literal["auto", "shm", "grpc", "inproc"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Resources(_Section):
+    """What Ray reserves for each worker of a role (ignored without Ray)."""
+
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0)
+    accelerator_type: str | None = None
+    custom: dict[str, float] = Field(default_factory=dict)
+
+
+class AttentionSection(_Section):
+    """Attention workers. A step of one microbatch computes at most `max_batch_tokens` tokens (decodes and prefill
+    chunks together), which is also the largest frame on the wire."""
+
+    microbatches: int = Field(3, ge=1, le=64)
+    block_size: int = Field(16, ge=1, le=1024)  # tokens per KV block
+    kv_cache_gib: float | Literal["auto"] = "auto"
+    max_batch_tokens: int = Field(512, ge=1, le=65536)
+    max_running: int = Field(256, ge=1)  # requests that hold KV blocks
+    max_waiting: int = Field(4096, ge=1)  # requests in the queue; past it a request is refused
+    max_context: int | Literal["auto"] = "auto"  # tokens, prompt and answer; auto: the model's own
+    threads: int | Literal["auto"] = "auto"
+    resources: Resources = Resources()
+
+
+class FfnSection(_Section):
+    """FFN workers. `tp` fixes the TP degree of hybrid sharding."""
+
+    sharding: Sharding = "ep"
+    tp: int | None = Field(None, ge=1)
+    gather_window_us: int = Field(200, ge=0, le=1_000_000)
+    threads: int | Literal["auto"] = "auto"
+    resources: Resources = Resources()
+
+
+class TransportSection(_Section):
+    """How activations travel. `auto` chooses per pair of workers: shared memory on one host, gRPC between hosts."""
+
+    kind: TransportKind = "auto"
+    bind: str = "127.0.0.1"  # address gRPC listens on, and is told to peers
+    connect_s: float = Field(60.0, gt=0)
+    deadline_s: float = Field(30.0, gt=0)  # longest wait for one answer
+    spin_us: int = Field(50, ge=0, le=1_000_000)  # poll this long before sleeping
+
+
+class ClusterSection(_Section):
+    """Who starts the workers: Ray, or plain processes on this machine. RAY_ADDRESS joins an existing cluster."""
+
+    backend: Literal["ray", "local"] = "ray"
+    start_s: float = Field(600.0, gt=0)  # longest wait for a worker to load its weights
+
+
+class RouterSection(_Section):
+    """The HTTP front door."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    drain_s: float = Field(5.0, ge=0)  # how long in-flight requests may finish on shutdown
+
+
+class Deployment(_Section):
+    """A whole deployment file (documented default: deploy/local.yaml)."""
+
+    model: str = "smollm2-step3"
+    topology: str = "1A1F"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: AttentionSection = AttentionSection()
+    ffn: FfnSection = FfnSection()
+    transport: TransportSection = TransportSection()
+    cluster: ClusterSection = ClusterSection()
+    router: RouterSection = RouterSection()
+
+    @field_validator("topology")
+    @classmethod
+    def _topology_parses(cls, value: str) -> str:
+        try:
+            return str(Topology.parse(value))
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+
+    @property
+    def counts(self) -> Topology:
+        return Topology.parse(self.topology)
+
+    def with_flags(self, flags: Mapping[str, object]) -> Deployment:
+        """A copy with dotted keys replaced, for example {"transport.kind": "shm"}; None values are ignored."""
+        data = self.model_dump()
+        for key, value in flags.items():
+            if value is not None:
+                *path, last = key.split(".")
+                section = data
+                for part in path:
+                    section = section[part]
+                section[last] = value
+        return parse(data, "the command line")
+
+
+def load(path: Path | None) -> Deployment:
+    """Reads a deployment file; None gives the defaults. Raises ConfigError naming the file, the key and the limit."""
+    if path is None:
+        return Deployment()
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the deployment file {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__}, not a mapping of settings")
+    return parse(data or {}, str(path))
+
+
+def parse(data: Mapping[str, Any], source: str) -> Deployment:
+    """Validates `data`; `source` is named in the ConfigError that lists everything wrong with it."""
+    try:
+        return Deployment.model_validate(dict(data))
+    except ValidationError as error:
+        problems = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}: " + "; ".join(dict.fromkeys(problems))) from error
+
+
+def _explain(item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "extra_forbidden":
+        return f"{place} is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+    places = list(_keys(Deployment))
+    leaf = str(item["loc"][-1])
+    homes = [p for p in places if p.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(place, places, n=1, cutoff=0.6)
+    return f"unknown key {place}" + (f" (did you mean {' or '.join(homes)}?)" if homes else f"; known are {', '.join(places)}")
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in section.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"

@@ -1,0 +1,33 @@
+"""The environment variables this project reads. One list: an unknown AFD_ name or a bad value is an error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from afd.errors import ConfigError
+
+KNOWN = {
+    "AFD_CACHE": "folder for prepared models (default ~/.cache/afd)",
+    "AFD_LOG": "log level: debug, info, warning or error (default info)",
+}
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Environment:
+    cache: Path
+    log_level: str
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Environment:
+    """Raises ConfigError for an AFD_ variable that is not in KNOWN, or a value outside its choices."""
+    unknown = sorted(k for k in environ if k.startswith("AFD_") and k not in KNOWN)
+    if unknown:
+        raise ConfigError(f"unknown environment variable {unknown[0]}; known are {', '.join(KNOWN)}")
+    level = environ.get("AFD_LOG", "info").lower()
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"AFD_LOG is {level!r}; choose one of {', '.join(LOG_LEVELS)}")
+    return Environment(cache=Path(environ.get("AFD_CACHE") or "~/.cache/afd").expanduser(), log_level=level)

@@ -1,0 +1,156 @@
+"""Plain values that cross package borders. No tensors: policy code and the router import this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from typing import Literal
+
+
+class DType(IntEnum):
+    """Element type of weights and activations; the number is what a frame header carries."""
+
+    FP32 = 1
+    BF16 = 2
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per element."""
+        return {DType.FP32: 4, DType.BF16: 2}[self]
+
+
+class Role(str, Enum):
+    """The two halves of a layer, and of the cluster."""
+
+    ATTENTION = "attention"
+    FFN = "ffn"
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """One way a weight is sliced over FFN ranks: `axis` is split by `by` (see afd.topology.FfnShard).
+
+    "ep": into ep equal runs of whole experts. "tp": into tp slices of the intermediate dimension inside an expert.
+    "rank": into one slice per FFN rank (dense layers and shared experts, which every rank helps with).
+    """
+
+    axis: int
+    by: Literal["ep", "tp", "rank"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One checkpoint tensor a model needs: who owns it and how it is cut over FFN ranks.
+
+    `expert` is set where a checkpoint keeps each expert in tensors of its own: only the EP group that owns that
+    expert reads it. `optional` tensors may be missing (an LM head tied to the embedding).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    cuts: tuple[Cut, ...] = ()
+    expert: int | None = None
+    optional: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Ranges are checked where the request enters (router.schema).
+
+    Penalties follow the OpenAI API (frequency, presence: over generated tokens) and vLLM (repetition: over prompt
+    and generated tokens). temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs at all
+
+
+FinishReason = Literal["stop", "length", "error", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to continue, as the attention worker sees it. `request_id` is unique per router connection."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One generated token; `top_logprobs` are (token_id, logprob) pairs, best first, natural logarithm."""
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateOutput:
+    """What one step added to one request. The last output of a request has `finish_reason` set."""
+
+    request_id: str
+    tokens: tuple[SampledToken, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None  # the EOS or stop token that ended it, when one did
+    error: str = ""  # one sentence, with finish_reason "error"
+    client_error: bool = False  # the request itself was at fault (HTTP 400, not 503)
+
+
+@dataclass(frozen=True, slots=True)
+class FfnAddress:
+    """Where an FFN worker can be reached; transports pick what they can use.
+
+    `host_key` is equal for two processes that can share memory (same boot, network namespace and user).
+    """
+
+    ffn_rank: int
+    host_key: str = ""
+    shm: str = ""  # abstract unix socket name
+    grpc: str = ""  # host:port
+    inproc: str = ""  # name in this process's registry
+
+
+WorkerState = Literal["starting", "ready", "draining", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """One worker as the controller sees it. `address` is the gRPC host:port of an attention worker's service."""
+
+    role: Role
+    rank: int  # attention_rank or ffn_rank, by role
+    state: WorkerState
+    address: str = ""
+    pid: int = 0
+    node: str = ""
+    message: str = ""  # one sentence when lost
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """The whole cluster at one moment. `epoch` names the run; frames of another epoch are refused."""
+
+    epoch: int
+    model: str
+    topology: str
+    workers: tuple[WorkerView, ...] = field(default_factory=tuple)
+
+    @property
+    def problem(self) -> str:
+        """One sentence on why the cluster cannot serve, or "" when it can."""
+        lost = [w for w in self.workers if w.state == "lost" and w.role is Role.FFN]
+        return lost[0].message if lost else ""
