@@ -1,0 +1,86 @@
+"""Where models, weights and transports meet: what a deployment means for one worker, resolved once.
+
+Used by both roles' actors, which add what is theirs (a KV cache and an engine, or a loop).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from afd import spec as specs
+from afd.config import Deployment
+from afd.models import registry
+from afd.spec import ModelSpec
+from afd.topology import FfnShard, ffn_shards
+from afd.transport.base import Hello
+from afd.types import DType, Role
+from afd.weights import library
+from afd.weights.checkpoint import open_checkpoint
+from afd.weights.load import load, resolve_device, resolve_dtype
+
+TORCH_DTYPES = {DType.FP32: torch.float32, DType.BF16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A deployment with its model looked up: sizes, family, dtype, device and every FFN rank's shard."""
+
+    deployment: Deployment
+    files: library.ModelFiles
+    spec: ModelSpec
+    family: registry.Family
+    dtype: DType
+    device: torch.device
+    shards: tuple[FfnShard, ...]
+    model_digest: str
+
+    def weights(self, role: Role, shard: FfnShard | None = None) -> dict[str, Tensor]:
+        """Reads one role's tensors, and of them only `shard`'s part. Raises CheckpointError."""
+        checkpoint = open_checkpoint(self.files.path)
+        return load(checkpoint, self.family.tensors(self.spec), role, shard, self.dtype, self.device)
+
+    def hello(self, epoch: int, attention_rank: int, ffn_rank: int) -> Hello:
+        """What both sides of a link must agree on."""
+        return Hello(
+            epoch=epoch,
+            model_digest=self.model_digest,
+            attention_rank=attention_rank,
+            ffn_rank=ffn_rank,
+            ep=self.shards[0].ep,
+            tp=self.shards[0].tp,
+            dtype=self.dtype,
+            num_layers=self.spec.layers,
+            hidden_size=self.spec.hidden,
+            num_experts=self.spec.num_experts,
+            top_k=self.spec.top_k,
+            max_tokens=self.deployment.attention.max_batch_tokens,
+            microbatches=self.deployment.attention.microbatches,
+        )
+
+
+def plan(deployment: Deployment) -> Plan:
+    """Raises ModelError for a model that cannot be served, ConfigError for a topology that does not fit it."""
+    files = library.resolve(deployment.model)
+    spec = specs.from_config(files.config)
+    device = resolve_device(deployment.device)
+    digest = hashlib.sha256(f"{specs.digest(spec)} {library.fingerprint(files)}".encode()).hexdigest()
+    return Plan(
+        deployment=deployment,
+        files=files,
+        spec=spec,
+        family=registry.family(spec.family),
+        dtype=resolve_dtype(deployment.dtype, device),
+        device=device,
+        shards=ffn_shards(deployment.counts.ffn, deployment.ffn.sharding, spec.num_experts, deployment.ffn.tp),
+        model_digest=digest,
+    )
+
+
+def num_threads(setting: int | str, workers_on_host: int) -> int:
+    """Compute threads of one worker: the setting, or with "auto" this host's cores shared evenly, at least 1."""
+    return setting if isinstance(setting, int) else max(1, len(os.sched_getaffinity(0)) // max(1, workers_on_host))

@@ -1,0 +1,213 @@
+"""READ FIRST. The attention worker's loop: take the microbatch whose answer is here, resume it, send what it yields.
+
+One thread owns everything below (model, KV cache, scheduler, requests, port). Other threads only `submit`, `cancel`,
+`drop_owner`, `drain` and `stop`, which leave a note in the inbox and wake the loop.
+
+A step that fails is told to its own requests, and the loop goes on. A lost FFN worker fails every request, since each
+layer needs every FFN rank; from then on `problem` says why new requests are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+
+import torch
+
+from afd.errors import TransportError
+from afd.models.halves import AttentionHalf
+from afd.transport.frame import FrameKind
+from afd.transport.ports import AttentionPort
+from afd.types import GenerateRequest, SampledToken
+from attention_worker.kv_cache import KvCache
+from attention_worker.microbatch import Dispatch, Microbatch
+from attention_worker.requests import Publish, Requests
+from attention_worker.sampler import Sampler
+from attention_worker.scheduler import Batch, Scheduler
+
+log = logging.getLogger(__name__)
+
+# The loop looks up this often when nothing happens; answers, notes and lost peers wake it at once.
+IDLE_S = 1.0
+
+
+class Engine:
+    """`port` is connected to every FFN rank, and raises when one of them is lost or does not answer in time."""
+
+    def __init__(
+        self,
+        model: AttentionHalf,
+        cache: KvCache,
+        scheduler: Scheduler,
+        port: AttentionPort,
+        publish: Publish,
+        *,
+        max_context: int,
+        max_waiting: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self.port = port
+        spec = model.spec
+        self.requests = Requests(
+            scheduler,
+            publish,
+            vocab=spec.vocab,
+            eos_token_ids=spec.eos_token_ids,
+            max_context=max_context,
+            max_waiting=max_waiting,
+        )
+        sampler = Sampler(spec.eos_token_ids)
+        self.microbatches = [
+            Microbatch(index, model, cache, scheduler, sampler, self._complete)
+            for index in range(scheduler.microbatches)
+        ]
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        # The scheduler found nothing although it has work (no free blocks): ask again only when something changed.
+        self._starved = False
+        self._lost = False
+        self._stopping = False
+
+    def run(self) -> None:
+        """Until `stop`. The thread that calls this owns the engine."""
+        with torch.inference_mode():
+            while not self._stopping:
+                try:
+                    self._turn()
+                except TransportError as error:
+                    self._lose(str(error))
+                except Exception as error:  # our own bug: say so to everybody rather than hang them
+                    log.exception("the engine failed")
+                    self._lose(f"the attention worker's engine failed: {error}")
+                self.requests.flush()
+        self._fail_all("the attention worker is stopping")
+        self.requests.flush()
+
+    @property
+    def problem(self) -> str:
+        """Why new requests are refused, in a sentence; "" when they are not."""
+        return self.requests.problem
+
+    def _turn(self) -> None:
+        self._read_inbox()
+        if not self._lost and (microbatch := self._next()):
+            self._advance(microbatch)
+
+    # ---- the loop's verbs -----------------------------------------------------------------------------------
+
+    def _next(self) -> Microbatch | None:
+        """An idle microbatch, if there is work for it (so that the pipeline fills first); else the one whose answers
+        are here, the oldest first; else waits."""
+        self._collect(0.0)
+        idle = next((m for m in self.microbatches if not m.dispatch), None)
+        if idle and not self._starved and self.scheduler.has_work():
+            return idle
+        answered = [m for m in self.microbatches if m.dispatch and len(m.answers) == len(self.port.ffn_ranks)]
+        if answered:
+            return min(answered, key=lambda m: m.sent_at)
+        self._collect(IDLE_S)
+        return None
+
+    def _advance(self, microbatch: Microbatch) -> None:
+        """Resumes a microbatch, and sends what it yields."""
+        errors = [a.message for a in microbatch.answers.values() if a.kind is FrameKind.ERROR]
+        if errors:
+            self._fail(microbatch, errors[0])
+            return
+        try:
+            dispatch = microbatch.resume(self.port.ffn_ranks)
+        except Exception as error:  # a bug or a full memory: told to the requests it hit, the others go on
+            log.exception("a step of microbatch %d failed", microbatch.index)
+            self._fail(microbatch, f"the attention worker failed in this step: {error}")
+            return
+        self._starved = dispatch is None
+        if dispatch is not None:
+            self._send(microbatch, dispatch)
+
+    def _send(self, microbatch: Microbatch, dispatch: Dispatch) -> None:
+        microbatch.sent_at = time.monotonic()
+        ids, weights = (dispatch.routing.expert_ids, dispatch.routing.weights) if dispatch.routing else (None, None)
+        self.port.dispatch(microbatch.index, dispatch.step, dispatch.layer, dispatch.y, ids, weights)
+
+    def _collect(self, timeout_s: float) -> None:
+        """Takes answers off the port: waits for the first, then takes all others that are here."""
+        frame = self.port.collect(timeout_s)
+        while frame is not None:
+            self.microbatches[frame.microbatch].answers[frame.ffn_rank] = frame
+            frame = self.port.collect(0.0)
+
+    def _complete(self, batch: Batch, tokens: list[SampledToken]) -> None:
+        self._starved = False
+        self.requests.complete(batch, tokens)
+
+    # ---- failures -------------------------------------------------------------------------------------------
+
+    def _fail(self, microbatch: Microbatch, sentence: str) -> None:
+        """Ends the requests of one microbatch's step."""
+        batch = microbatch.batch
+        microbatch.reset()
+        self._starved = False
+        if batch is not None:
+            self.requests.fail([chunk.sequence for chunk in batch.chunks], sentence)
+
+    def _fail_all(self, sentence: str) -> None:
+        for microbatch in self.microbatches:
+            microbatch.reset()
+        self.requests.fail_all(sentence)
+
+    def _lose(self, sentence: str) -> None:
+        """An FFN worker is gone, and nothing can be computed without it. The port is not used again."""
+        log.error("%s", sentence)
+        self._lost = True
+        self.requests.problem = sentence
+        self._fail_all(sentence)
+
+    # ---- other threads' notes -------------------------------------------------------------------------------
+
+    def submit(self, owner: int, request: GenerateRequest) -> None:
+        """The outcome, a refusal included, comes through `publish`. `owner` names a router connection."""
+        self._note(lambda: self.requests.add(owner, request))
+
+    def cancel(self, owner: int, request_id: str) -> None:
+        """Frees the request's blocks within a step; nothing more is published for it."""
+        self._note(lambda: self.requests.cancel(owner, request_id))
+
+    def drop_owner(self, owner: int) -> None:
+        """Cancels every request of a router connection that ended."""
+        self._note(lambda: self.requests.cancel_all_of(owner))
+
+    def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests and waits for the others; whether all ended in time."""
+        refusing = threading.Event()
+
+        def refuse() -> None:
+            self.requests.problem = self.requests.problem or "the attention worker is shutting down"
+            refusing.set()
+
+        self._note(refuse)
+        deadline = time.monotonic() + timeout_s
+        return refusing.wait(timeout_s) and self.requests.none_left.wait(max(0.0, deadline - time.monotonic()))
+
+    def stop(self) -> None:
+        """Ends `run`; requests that are still here are told."""
+
+        def end() -> None:
+            self._stopping = True
+
+        self._note(end)
+
+    def _note(self, action: Callable[[], None]) -> None:
+        self._inbox.put(action)
+        self.port.wake()
+
+    def _read_inbox(self) -> None:
+        """Carries out all notes; without a port to wait at, waits here for one."""
+        with contextlib.suppress(Empty):
+            note = self._inbox.get(timeout=IDLE_S) if self._lost else self._inbox.get_nowait()
+            while True:
+                note()
+                self._starved = False
+                note = self._inbox.get_nowait()
