@@ -1,0 +1,115 @@
+"""The served kernel agrees with the oracle, and neither reads a slot that is not its sequence's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from afd.errors import ConfigError
+from afd.layers.attention.base import AttentionBatch
+from afd.layers.attention.plain import BatchedPlainAttention, PlainAttention, causal_attention
+from afd.layers.attention.registry import KERNELS, kernel
+
+
+class Case:
+    """Sequences whose earlier tokens lie in a cache of scattered blocks; every other slot is NaN."""
+
+    def __init__(
+        self, lengths: list[tuple[int, int]], kv_heads: int, group: int, dim: int, block: int, dtype: torch.dtype
+    ) -> None:
+        """lengths: (this step's tokens, context with them) of each sequence."""
+        queries, contexts = [q for q, _ in lengths], [c for _, c in lengths]
+        needed = [-(-context // block) for context in contexts]
+        free = (torch.randperm(sum(needed) + 3) + 1).tolist()  # block 0 is nobody's: it is what padding points to
+        tables = [[free.pop() for _ in range(count)] for count in needed]
+        self.batch = AttentionBatch.build(queries, contexts, tables, block)
+        self.k = [torch.randn(c, kv_heads, dim).to(dtype) for c in contexts]
+        self.v = [torch.randn(c, kv_heads, dim).to(dtype) for c in contexts]
+        self.q = [torch.randn(q, kv_heads * group, dim).to(dtype) for q in queries]
+        self.k_cache = torch.full((sum(needed) + 4, block, kv_heads, dim), float("nan"), dtype=dtype)
+        self.v_cache = self.k_cache.clone()
+        for table, k, v in zip(tables, self.k, self.v, strict=True):
+            for position in range(len(k)):
+                self.k_cache[table[position // block], position % block] = k[position]
+                self.v_cache[table[position // block], position % block] = v[position]
+
+    def attend(self, by: PlainAttention) -> Tensor:
+        return by.attend(self.packed_q, self.k_cache, self.v_cache, self.batch, 0.3)
+
+    @property
+    def packed_q(self) -> Tensor:
+        return torch.cat(self.q) if self.q else torch.empty(0, 1, 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40), st.booleans()), min_size=1, max_size=7),
+    heads=st.sampled_from([(1, 9, 192), (1, 1, 16), (2, 3, 24), (4, 1, 8), (3, 3, 64)]),
+    block=st.sampled_from([1, 3, 16]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    group_tokens=st.sampled_from([None, 1, 30]),
+    seed=st.integers(0, 9),
+)
+def test_both_kernels_agree_over_ragged_lengths_and_chunks(
+    steps: list[tuple[int, int, bool]],
+    heads: tuple[int, int, int],
+    block: int,
+    dtype: torch.dtype,
+    group_tokens: int | None,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    lengths = [(1 if decode else chunk, (1 if decode else chunk) + earlier) for chunk, earlier, decode in steps]
+    case = Case(lengths, *heads, block, dtype)
+    plain, batched = case.attend(PlainAttention()), case.attend(BatchedPlainAttention(group_tokens))
+    expected = torch.cat([causal_attention(q, k, v, 0.3) for q, k, v in zip(case.q, case.k, case.v, strict=True)])
+    assert not plain.isnan().any()
+    assert torch.equal(plain, expected), "the oracle is one sequence after the other"
+    tolerance = 1e-5 if dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(batched, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_step_stores_before_it_attends_and_a_chunk_sees_itself_causally(name: str) -> None:
+    """Prefill in chunks of 4, 1 and 3, through store and attend as a step does, equals the whole prompt at once."""
+    torch.manual_seed(0)
+    by, kv_heads, heads, dim = kernel(name), 2, 6, 16
+    k, v, q = torch.randn(8, kv_heads, dim), torch.randn(8, kv_heads, dim), torch.randn(8, heads, dim)
+    k_cache = torch.full((6, 3, kv_heads, dim), float("nan"))
+    v_cache = k_cache.clone()
+    pieces = []
+    for start, end in ((0, 4), (4, 5), (5, 8)):
+        batch = AttentionBatch.build([end - start], [end], [[4, 1, 3, 5]], 3)
+        by.store(k_cache, v_cache, k[start:end], v[start:end], batch)
+        pieces.append(by.attend(q[start:end], k_cache, v_cache, batch, 0.25))
+    torch.testing.assert_close(torch.cat(pieces), causal_attention(q, k, v, 0.25), rtol=1e-5, atol=1e-5)
+
+
+def test_the_definition_weighs_values_by_the_softmax_of_scores() -> None:
+    q, k = torch.tensor([[[2.0]]]), torch.tensor([[[0.0]], [[1.0]]])
+    out = causal_attention(q, k, torch.tensor([[[10.0]], [[20.0]]]), 0.5)
+    share = torch.sigmoid(torch.tensor(1.0))
+    torch.testing.assert_close(out.flatten(), (10 * (1 - share) + 20 * share)[None])
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_step_without_tokens_is_legal(name: str) -> None:
+    batch = AttentionBatch.build([], [], [], 16)
+    cache = torch.zeros(2, 16, 1, 8)
+    kernel(name).store(cache, cache, torch.empty(0, 1, 8), torch.empty(0, 1, 8), batch)
+    assert kernel(name).attend(torch.empty(0, 4, 8), cache, cache, batch, 1.0).shape == (0, 4, 8)
+
+
+def test_slots_follow_the_block_table() -> None:
+    batch = AttentionBatch.build([3, 1], [6, 5], [[7, 2, 9], [4, 1]], 4)
+    assert batch.slots.tolist() == [7 * 4 + 3, 2 * 4, 2 * 4 + 1, 1 * 4]
+    assert batch.query_starts.tolist() == [0, 3, 4]
+    assert batch.block_tables.tolist() == [[7, 2, 9], [4, 1, 0]]
+
+
+def test_an_unknown_kernel_is_answered_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match=r"'flash'.*plain, batched"):
+        kernel("flash")
