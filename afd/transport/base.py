@@ -18,7 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from afd.transport.frame import Frame
+from afd.transport.frame import HEADER_BYTES, MAX_MESSAGE_BYTES, Frame, frame_bytes
 from afd.types import DType
 
 
@@ -39,6 +39,16 @@ class Hello:
     top_k: int
     max_tokens: int
     microbatches: int
+
+    @property
+    def dispatch_bytes(self) -> int:
+        """Bytes of the largest frame from the attention side."""
+        return frame_bytes(self.max_tokens, self.hidden_size, self.dtype, self.top_k)
+
+    @property
+    def combine_bytes(self) -> int:
+        """Bytes of the largest frame from the FFN side: a combine or an error."""
+        return max(frame_bytes(self.max_tokens, self.hidden_size, self.dtype, 0), HEADER_BYTES + MAX_MESSAGE_BYTES)
 
 
 class Link(ABC):

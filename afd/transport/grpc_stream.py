@@ -1,0 +1,293 @@
+"""One gRPC stream per pair of workers: between hosts, and wherever there is no shared memory.
+
+The messages are those of proto/afd/rpc/ffn.proto. The `frame` field is put together by hand (a tag, a length, the
+frame) so that its bytes are copied once and not parsed. gRPC's own threads meet the port's thread in two queues:
+an inbox that a selector can wait on, and an outbox.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from afd.errors import FrameError, PeerLost, PeerTimeout, TransportError
+from afd.rpc import ffn_pb2
+from afd.transport.base import Hello, Link, Listener
+from afd.transport.frame import Buffer, Frame, decode, encode
+from afd.transport.handshake import answer, check_welcome, hello_packet
+from afd.transport.mailbox import Mailbox, wait_readable
+
+_METHOD = f"/{ffn_pb2.DESCRIPTOR.services_by_name['Ffn'].full_name}/Exchange"
+_FRAME_TAG = b"\x0a"  # field 1, length-delimited, of FromAttention and FromFfn alike
+_ENVELOPE_BYTES = 1024  # room for tag and length, and for the handshake's messages
+_MAX_STREAMS = 256  # one thread each
+_HANDSHAKE_S = 5.0  # a client that says nothing for this long is shown out
+_CLOSE_S = 1.0  # longest wait for the peer to see our end
+
+_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # workers reach each other directly, whatever http_proxy says
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.max_send_message_length", -1),
+]
+
+
+def listen(expected: Hello, bind: str) -> GrpcListener:
+    """A server on `bind`, an address (any free port) or address:port. Raises TransportError when it cannot bind."""
+    return GrpcListener(expected, bind)
+
+
+def dial(address: str, hello: Hello, timeout_s: float) -> Link:
+    """Connects to host:port and shakes hands within `timeout_s` seconds. Raises PeerLost, PeerTimeout,
+    HandshakeRefused."""
+    link = _ClientLink(address, hello)
+    try:
+        link.shake_hands(timeout_s)
+    except TransportError:
+        link.close()
+        raise
+    return link
+
+
+class _GrpcLink(Link):
+    """What both ends have in common. `max_bytes` is the largest frame that may come."""
+
+    def __init__(self, peer: str, hello: Hello, max_bytes: int) -> None:
+        self.peer, self.hello = peer, hello
+        self._max_bytes = max_bytes
+        self._inbox: Mailbox[bytes] = Mailbox()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()  # None ends it
+
+    def send(self, frame: Frame) -> None:
+        if self._inbox.ended:
+            raise PeerLost(f"{self.peer} is gone", peer=self.peer)
+        self._outbox.put(wrap(encode(frame)))
+
+    def try_receive(self) -> Frame | None:
+        message = self._inbox.take()
+        return None if message is None else decode(unwrap(message), self._max_bytes)
+
+    def fileno(self) -> int:
+        return self._inbox.fileno()
+
+    def close(self) -> None:
+        self._ended("this side closed the link")
+        self._inbox.close()
+
+    def _ended(self, why: str) -> None:
+        """Any thread: nothing more will come, and what is still to be sent is the last."""
+        self._inbox.end(PeerLost(f"{self.peer} is gone: {why}", peer=self.peer))
+        self._outbox.put(None)
+
+    def _outgoing(self) -> Iterator[bytes]:
+        """For gRPC's thread. It looks up every second: a forgotten link must not keep the process from ending."""
+        while threading.main_thread().is_alive():
+            try:
+                message = self._outbox.get(timeout=1.0)
+            except queue.Empty:
+                continue
+            if message is None:
+                return
+            yield message
+
+
+class _ClientLink(_GrpcLink):
+    """The attention side's end."""
+
+    def __init__(self, address: str, hello: Hello) -> None:
+        super().__init__(f"ffn_rank {hello.ffn_rank}", hello, hello.combine_bytes)
+        self._address = address
+        # A subchannel of its own: else a second try inherits the first one's back-off.
+        options = [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+        options.append(("grpc.max_receive_message_length", hello.combine_bytes + _ENVELOPE_BYTES))
+        self._channel = grpc.insecure_channel(address, options=options)
+        self._outbox.put(hello_packet(hello))
+        self._call = self._channel.stream_stream(_METHOD)(self._outgoing())
+        self._reader = threading.Thread(target=self._read, name=f"afd-grpc-{self.peer}", daemon=True)
+        self._reader.start()
+
+    def shake_hands(self, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        while (welcome := self._inbox.take()) is None:
+            if not wait_readable(self._inbox.fileno(), until - time.monotonic()):
+                raise PeerTimeout(
+                    f"{self.peer} did not answer the handshake on grpc:{self._address} within {timeout_s:.3g} s "
+                    "(transport.connect_s)",
+                    peer=self.peer,
+                )
+        check_welcome(welcome, self.peer)
+
+    def _read(self) -> None:
+        why = "it closed its end"
+        try:
+            for message in self._call:
+                self._inbox.put(message)
+        except grpc.RpcError as error:
+            why = f"{error.code().name} on grpc:{self._address} ({error.details()})"
+        self._ended(why)
+
+    def close(self) -> None:
+        super().close()
+        self._reader.join(_CLOSE_S)
+        self._call.cancel()
+        self._reader.join(_CLOSE_S)
+        self._channel.close()
+
+
+class _ServerLink(_GrpcLink):
+    """The FFN side's end, which lives in the handler of one stream."""
+
+    def __init__(self, hello: Hello, requests: Iterator[bytes]) -> None:
+        super().__init__(f"attention_rank {hello.attention_rank}", hello, hello.dispatch_bytes)
+        self._requests = requests
+
+    def serve(self, context: grpc.ServicerContext) -> Iterator[bytes]:
+        """Runs both directions until either end closes."""
+        if not context.add_callback(lambda: self._ended("its stream broke off")):
+            self._ended("its stream broke off")
+        threading.Thread(target=self._read, name=f"afd-grpc-{self.peer}", daemon=True).start()
+        yield from self._outgoing()
+
+    def _read(self) -> None:
+        why = "it closed its end"
+        try:
+            for message in self._requests:
+                self._inbox.put(message)
+        except grpc.RpcError:
+            why = "its stream broke off"
+        self._ended(why)
+
+
+class GrpcListener(Listener):
+    """A gRPC server; `address` is host:port with the real port."""
+
+    def __init__(self, expected: Hello, bind: str) -> None:
+        self._expected = expected
+        self._accepted: Mailbox[Link] = Mailbox()
+        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
+        service, method = _METHOD.lstrip("/").split("/")
+        self._threads = ThreadPoolExecutor(_MAX_STREAMS, thread_name_prefix="afd-grpc")
+        self._server = grpc.server(
+            self._threads,
+            handlers=[grpc.method_handlers_generic_handler(service, {method: handler})],
+            options=[
+                *_OPTIONS,
+                ("grpc.so_reuseport", 0),  # a port that is taken must be an error
+                ("grpc.max_receive_message_length", expected.dispatch_bytes + _ENVELOPE_BYTES),
+            ],
+            maximum_concurrent_rpcs=_MAX_STREAMS,
+        )
+        host, port = _split(bind)
+        try:
+            actual = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            self._accepted.close()
+            raise TransportError(
+                f"ffn_rank {expected.ffn_rank} cannot listen on {bind} (transport.bind): {_reason(host, port)}"
+            ) from error
+        self._server.start()
+        self.address = f"{host}:{actual}"
+
+    def _exchange(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        """The handler of one stream, in a thread of its own."""
+        patience = threading.Timer(_HANDSHAKE_S, context.cancel)
+        patience.daemon = True
+        patience.start()
+        try:
+            first = next(requests, None)
+        except grpc.RpcError:
+            return
+        finally:
+            patience.cancel()
+        if first is None:
+            return
+        hello, welcome = answer(self._expected, first)
+        yield welcome
+        if hello is None:
+            return
+        link = _ServerLink(hello, requests)
+        if not self._accepted.put(link):
+            link.close()
+            return
+        yield from link.serve(context)
+
+    def try_accept(self) -> Link | None:
+        return self._accepted.take()
+
+    def fileno(self) -> int:
+        return self._accepted.fileno()
+
+    def close(self) -> None:
+        """No new stream is taken; streams whose links are still open are cut after a second."""
+        while not self._accepted.ended and (link := self._accepted.take()) is not None:
+            link.close()
+        self._accepted.end(PeerLost("the door is closed"))
+        self._accepted.close()
+        self._server.stop(_CLOSE_S).wait(2 * _CLOSE_S)
+        self._threads.shutdown(wait=False)
+
+
+def wrap(frame: list[Buffer]) -> bytes:
+    """An encoded frame as a serialized FromAttention or FromFfn (their `frame` fields have the same number)."""
+    length = sum(memoryview(part).nbytes for part in frame)
+    return b"".join([_FRAME_TAG, _varint(length), *frame])
+
+
+def unwrap(message: bytes) -> memoryview:
+    """The frame's bytes inside a serialized message. Raises FrameError when it carries none."""
+    view = memoryview(message)
+    length, shift, start = 0, 0, 1
+    while start < min(len(view), 6):
+        length |= (view[start] & 0x7F) << shift
+        shift += 7
+        start += 1
+        if view[start - 1] < 0x80:
+            break
+    if view[:1] == _FRAME_TAG and start + length == len(view):
+        return view[start:]
+    try:  # Legal, if unlike what `wrap` makes: fields out of order, or sent twice.
+        parsed = ffn_pb2.FromAttention.FromString(message)
+    except DecodeError:
+        parsed = ffn_pb2.FromAttention()
+    if not parsed.HasField("frame"):
+        raise FrameError(f"a gRPC message of {len(message)} bytes carries no frame")
+    return memoryview(parsed.frame)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _split(bind: str) -> tuple[str, int]:
+    """Host (an IPv6 address in brackets) and port, 0 when there is none."""
+    bare = bind if bind.count(":") < 2 or bind.startswith("[") else f"[{bind}]"
+    match = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+)(?::(\d{1,5}))?", bare)
+    if match is None:
+        raise TransportError(f"cannot listen on {bind!r} (transport.bind): give an address, or address:port")
+    return match[1], int(match[2] or 0)
+
+
+def _reason(host: str, port: int) -> str:
+    """Why binding failed, asked of the operating system (gRPC does not say)."""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
+            probe.bind(found[0][4])
+    except OSError as error:
+        return error.strerror or str(error)
+    return "gRPC could not bind it"

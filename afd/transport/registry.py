@@ -1,0 +1,182 @@
+"""The transports by name, and which of them a pair of workers uses."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from afd.errors import ConfigError, PeerLost, PeerTimeout, TransportError
+from afd.transport import grpc_stream, local, shm
+from afd.transport.base import Hello, Link, Listener
+from afd.transport.local import Faults
+from afd.transport.ports import AttentionPort, FfnPort
+from afd.types import FfnAddress
+
+_RETRY_S = 0.05  # between two tries to reach an FFN worker that is not there yet
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What the transports' own `listen` and `dial` pick from."""
+
+    bind: str
+    deadline_s: float
+    faults: Faults | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Transport:
+    """One entry of the list. Its name is also the field of FfnAddress that `dial` takes.
+
+    reaches: whether this process can use it to an address. missing: why this machine has none, "" when it has.
+    """
+
+    listen: Callable[[Hello, _Options], Listener]
+    dial: Callable[[str, Hello, float, _Options], Link]
+    reaches: Callable[[FfnAddress], bool]
+    missing: Callable[[], str] = lambda: ""
+
+
+_TRANSPORTS = {  # the best first: `auto` takes the first that reaches
+    "inproc": _Transport(
+        listen=lambda expected, o: local.listen(expected, o.faults),
+        dial=lambda address, hello, _, o: local.dial(address, hello, o.faults),
+        reaches=lambda address: local.has_door(address.inproc),
+    ),
+    "shm": _Transport(
+        listen=lambda expected, o: shm.listen(expected, o.deadline_s),
+        dial=lambda address, hello, timeout_s, o: shm.dial(address, hello, timeout_s, o.deadline_s),
+        reaches=lambda address: bool(address.shm) and address.host_key == host_key() != "",
+        missing=shm.missing,
+    ),
+    "grpc": _Transport(
+        listen=lambda expected, o: grpc_stream.listen(expected, o.bind),
+        dial=lambda address, hello, timeout_s, _: grpc_stream.dial(address, hello, timeout_s),
+        reaches=lambda address: bool(address.grpc),
+    ),
+}
+NAMES = ("auto", *_TRANSPORTS)
+
+
+def host_key() -> str:
+    """Equal for two processes that can share memory: same boot, network namespace and user. "" where that cannot be
+    told, which equals nothing."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}-{os.getuid()}"
+    except OSError:
+        return ""
+
+
+def listen(
+    kind: str, expected: Hello, *, bind: str, spin_us: int, deadline_s: float, faults: Faults | None = None
+) -> FfnPort:
+    """Opens the doors of one FFN worker. `expected` is what it serves: attention workers whose Hello differs are
+    refused (attention_rank aside; max_tokens and microbatches are limits).
+
+    kind "auto" listens on shm, where the machine has it, and gRPC. bind: the address gRPC listens on and tells its
+    peers (with or without a port). spin_us: how long a wait polls before it sleeps. deadline_s: longest time a send
+    may block. faults: of the inproc transport. Raises TransportError when a door cannot be opened, ConfigError for an
+    unknown kind.
+    """
+    options = _Options(bind, deadline_s, _checked_faults(kind, faults))
+    if kind == "auto":
+        names = [name for name in ("shm", "grpc") if not _TRANSPORTS[name].missing()]
+    else:
+        _lookup(kind)
+        names = [kind]
+    with ExitStack() as opened:
+        listeners: dict[str, Listener] = {}
+        for name in names:
+            listeners[name] = _TRANSPORTS[name].listen(expected, options)
+            opened.callback(listeners[name].close)
+        doors = {name: listener.address for name, listener in listeners.items()}
+        port = FfnPort(
+            tuple(listeners.values()),
+            FfnAddress(
+                expected.ffn_rank, host_key(), doors.get("shm", ""), doors.get("grpc", ""), doors.get("inproc", "")
+            ),
+            spin_us=spin_us,
+        )
+        opened.pop_all()
+    return port
+
+
+def connect(
+    kind: str,
+    addresses: Sequence[FfnAddress],
+    hello: Hello,
+    *,
+    connect_s: float,
+    deadline_s: float,
+    spin_us: int,
+    faults: Faults | None = None,
+) -> AttentionPort:
+    """Connects one attention worker to every FFN worker. `hello` is what it believes; ffn_rank is filled in from each
+    address. FFN workers that are not there yet are tried again.
+
+    kind "auto" takes for each the first of inproc, shm and gRPC that reaches it. connect_s: longest time for all
+    together. deadline_s: longest wait for one answer. Raises HandshakeRefused, PeerLost or PeerTimeout with `peer`
+    naming the FFN worker, TransportError when it cannot be reached by `kind` or an FFN rank's address is missing,
+    ConfigError for an unknown kind.
+    """
+    options = _Options("", deadline_s, _checked_faults(kind, faults))
+    ranks, wanted = sorted(a.ffn_rank for a in addresses), list(range(hello.ep * hello.tp))
+    if ranks != wanted:
+        raise TransportError(f"addresses name the ffn_ranks {ranks}; EP {hello.ep} times TP {hello.tp} needs {wanted}")
+    until = time.monotonic() + connect_s
+    with ExitStack() as opened:
+        links = []
+        for address in sorted(addresses, key=lambda a: a.ffn_rank):
+            name = _choose(kind, address)
+            links.append(_dial(name, address, replace(hello, ffn_rank=address.ffn_rank), until, options))
+            opened.callback(links[-1].close)
+        port = AttentionPort(links, spin_us=spin_us, deadline_s=deadline_s)
+        opened.pop_all()
+    return port
+
+
+def _lookup(kind: str) -> _Transport:
+    if kind not in _TRANSPORTS:
+        raise ConfigError(f"there is no transport {kind!r} (transport.kind); choose one of {', '.join(NAMES)}")
+    return _TRANSPORTS[kind]
+
+
+def _checked_faults(kind: str, faults: Faults | None) -> Faults | None:
+    if faults is not None and kind != "inproc":
+        raise ConfigError(f"faults are the inproc transport's; transport.kind is {kind!r}")
+    return faults
+
+
+def _choose(kind: str, address: FfnAddress) -> str:
+    """The transport to use to `address`."""
+    peer = f"ffn_rank {address.ffn_rank}"
+    if kind != "auto":
+        if not _lookup(kind).reaches(address) and not (kind == "inproc" and address.inproc):
+            raise TransportError(
+                f"{peer} cannot be reached by {kind} (transport.kind) from host {host_key()!r}: {address}; try auto",
+                peer=peer,
+            )
+        return kind
+    for name, transport in _TRANSPORTS.items():
+        if transport.reaches(address) and not transport.missing():
+            return name
+    raise TransportError(f"{peer} can be reached by no transport: {address}", peer=peer)
+
+
+def _dial(name: str, address: FfnAddress, hello: Hello, until: float, options: _Options) -> Link:
+    """Dials until it is answered, or `until` (monotonic) has come: a worker being started again is not an error yet."""
+    while True:
+        left_s = until - time.monotonic()
+        try:
+            return _TRANSPORTS[name].dial(getattr(address, name), hello, max(left_s, 1e-3), options)
+        except PeerTimeout:
+            raise
+        except PeerLost:
+            if left_s <= _RETRY_S:
+                raise
+            time.sleep(_RETRY_S)

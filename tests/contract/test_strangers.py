@@ -1,0 +1,298 @@
+"""Clients that babble or say nothing, ports that are taken, and what is left when everybody is gone."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from tests.contract.pairs import (
+    HELLO,
+    KINDS,
+    SOON_S,
+    attention,
+    collect,
+    ffn_process,
+    ffn_worker,
+    open_ffn,
+    raw_dial,
+    tokens,
+)
+
+from afd.errors import HandshakeRefused, TransportError
+from afd.transport import shm
+from afd.transport.handshake import hello_packet
+from afd.transport.ports import AttentionPort
+
+
+def works(port: AttentionPort, step: int = 0) -> None:
+    port.dispatch(0, step, 0, tokens(3), None, None)
+    assert collect(port).num_tokens == 3
+
+
+def seqpacket(address: str) -> socket.socket:
+    client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    client.settimeout(SOON_S)
+    client.connect(f"\0{address}")
+    return client
+
+
+def test_garbage_on_the_shm_socket_gets_a_refusal_and_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    with ffn_worker("shm") as ffn, attention("shm", [ffn.port.address]) as port:
+        for garbage in (b"\xff" * 500, b"x", b"\x0a\x00", b"\x12\x00", os.urandom(60_000)):
+            with seqpacket(ffn.port.address.shm) as client:
+                client.send(garbage)
+                assert b"is not a Hello" in client.recv(1000)
+                assert client.recv(1000) == b""
+        works(port)
+    assert "refused a connection: its first message, 500 bytes, is not a Hello" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("packet", "said"),
+    [
+        (b"", "attention_rank 5 is gone"),
+        (b"x" * 3, "doorbell of 3 bytes"),
+        (b"\x03\0\0\0\x40\0\0\0", "rang for slot 3; the link has 3"),
+        (b"\0\0\0\0\xff\xff\xff\x7f", "filled 2147483647 bytes of a slot of"),
+        (b"\0\0\0\0\x40\0\0\0", "a frame starts with"),
+        (b"\0\0\0\0\x3f\0\0\0", "a frame of 63 bytes is shorter than its header"),
+    ],
+)
+def test_a_doorbell_that_makes_no_sense_cuts_off_its_sender_only(
+    packet: bytes, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dataclasses import replace
+
+    with ffn_worker("shm") as ffn, attention("shm", [ffn.port.address]) as port:
+        with seqpacket(ffn.port.address.shm) as client:
+            client.send(hello_packet(replace(HELLO, attention_rank=5)))
+            _, fds, _, _ = socket.recv_fds(client, 1000, 1)
+            os.close(fds[0])
+            client.send(packet)
+            assert client.recv(1000) == b""
+        works(port)
+    assert said in caplog.text
+    assert "attention_rank 5" in caplog.text
+
+
+def test_silent_shm_clients_stall_nobody_and_are_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shm, "_HANDSHAKE_S", 0.2)
+    with ffn_worker("shm") as ffn:
+        silent = [seqpacket(ffn.port.address.shm) for _ in range(5)]
+        start = time.monotonic()
+        with attention("shm", [ffn.port.address]) as port:
+            assert time.monotonic() - start < 1.0
+            works(port)
+            time.sleep(0.3)
+            works(port, 1)
+            for client in silent:
+                assert client.recv(10) == b""
+                client.close()
+
+
+def test_more_silent_shm_clients_than_fit_the_door_push_each_other_out() -> None:
+    with ffn_worker("shm") as ffn:
+        silent = [seqpacket(ffn.port.address.shm) for _ in range(2 * shm._MAX_PENDING)]
+        with attention("shm", [ffn.port.address]) as port:
+            works(port)
+        for client in silent:
+            client.close()
+
+
+def test_another_users_process_is_refused_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ffn_worker("shm") as ffn:
+        user = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: user + 1)
+        with pytest.raises(TransportError, match=f"ffn_rank 0 runs as user {user}, this process as user {user + 1}"):
+            raw_dial("shm", ffn.port.address)
+
+
+def test_memory_that_its_maker_could_take_away_is_refused() -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
+        door.bind("\0afd-test-unsealed")
+        door.listen()
+
+        def impostor() -> None:
+            client, _ = door.accept()
+            with client:
+                client.recv(1000)
+                fd = os.memfd_create("unsealed")
+                os.ftruncate(fd, 10)
+                socket.send_fds(client, [b"\x12\x00"], [fd])
+                os.close(fd)
+
+        thread = threading.Thread(target=impostor)
+        thread.start()
+        with pytest.raises(TransportError, match=r"ffn_rank 0 offered 10 bytes of memory; .* sealed"):
+            shm.dial("afd-test-unsealed", HELLO, SOON_S, SOON_S)
+        thread.join()
+
+
+@pytest.mark.parametrize("lacking", [(os, "memfd_create"), (socket, "SO_PEERCRED")])
+def test_a_platform_without_what_shm_needs_says_so(monkeypatch: pytest.MonkeyPatch, lacking: tuple[object, str]) -> None:
+    monkeypatch.delattr(*lacking)  # type: ignore[arg-type]
+    with pytest.raises(TransportError, match=f"{lacking[1]}; use transport.kind grpc"):
+        open_ffn("shm")
+    with pytest.raises(TransportError, match="ffn_rank 0|use transport.kind grpc"):
+        shm.dial("afd-nobody", HELLO, 1.0, 1.0)
+    port = open_ffn("auto")
+    assert port.address.shm == ""
+    assert port.address.grpc
+    port.close()
+
+
+def test_garbage_on_the_grpc_port_disturbs_nobody() -> None:
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        host, number = ffn.port.address.grpc.split(":")
+        for garbage in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(5000), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + os.urandom(500)):
+            with socket.create_connection((host, int(number)), timeout=SOON_S) as client:
+                client.sendall(garbage)
+        works(port)
+
+
+def test_a_grpc_client_that_sends_no_hello_is_refused_and_disturbs_nobody() -> None:
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        with grpc.insecure_channel(ffn.port.address.grpc) as channel:
+            exchange = channel.stream_stream("/afd.rpc.Ffn/Exchange")
+            for first in (b"", b"\xff" * 40, b"\x0a\x03abc"):
+                assert b"is not a Hello" in b"".join(exchange(iter([first])))
+            assert list(exchange(iter([]))) == []
+        works(port)
+
+
+@pytest.mark.parametrize("message", [b"", b"\xff" * 40, b"\x12\x02\x08\x01", b"\x0a\x03abc", b"\x0a\xff\xff\xff\xff\xff\xff"])
+def test_a_grpc_message_that_is_no_frame_cuts_off_its_sender_only(message: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    from dataclasses import replace
+
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        with grpc.insecure_channel(ffn.port.address.grpc) as channel:
+            more = threading.Event()
+
+            def requests():  # type: ignore[no-untyped-def]
+                yield hello_packet(replace(HELLO, attention_rank=5))
+                yield message
+                more.wait(SOON_S)
+
+            assert len(list(channel.stream_stream("/afd.rpc.Ffn/Exchange")(requests()))) == 1
+            more.set()
+        works(port)
+    assert "attention_rank 5" in caplog.text
+    assert "frame" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("bind", "said"),
+    [
+        ("127.0.0.1:99999", "cannot"),
+        ("", "give an address, or address:port"),
+        ("127.0.0.1:http", "give an address, or address:port"),
+        ("192.0.2.1", "cannot listen on 192.0.2.1 (transport.bind): Cannot assign requested address"),
+    ],
+)
+def test_an_address_that_cannot_be_bound_is_named(bind: str, said: str) -> None:
+    with pytest.raises(TransportError) as caught:
+        open_ffn("grpc", bind=bind)
+    assert said in str(caught.value)
+
+
+def test_a_port_that_is_taken_is_named_and_nothing_stays_open() -> None:
+    first = open_ffn("grpc")
+    for kind in ("grpc", "auto"):
+        with pytest.raises(TransportError) as caught:
+            open_ffn(kind, bind=first.address.grpc)
+        assert str(caught.value) == (
+            f"ffn_rank 0 cannot listen on {first.address.grpc} (transport.bind): Address already in use"
+        )
+    first.close()
+    second = open_ffn("grpc", bind=first.address.grpc)
+    assert second.address.grpc == first.address.grpc
+    second.close()
+
+
+def test_an_ffn_worker_that_starts_late_is_waited_for() -> None:
+    first = open_ffn("grpc")
+    first.close()
+    late: list[object] = []
+
+    def start_late() -> None:
+        time.sleep(0.3)
+        late.append(ffn_worker_on(first.address.grpc))
+
+    def ffn_worker_on(bind: str):  # type: ignore[no-untyped-def]
+        from tests.contract.pairs import FfnThread, double
+
+        return FfnThread(open_ffn("grpc", bind=bind), double)
+
+    starter = threading.Thread(target=start_late)
+    starter.start()
+    with attention("grpc", [first.address]) as port:
+        works(port)
+    starter.join()
+    late[0].stop()  # type: ignore[attr-defined]
+    late[0].port.close()  # type: ignore[attr-defined]
+
+
+# --- what is left ---
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def settle(count, limit: int) -> None:  # type: ignore[no-untyped-def]
+    """Other threads may still be closing theirs."""
+    end = time.monotonic() + SOON_S
+    while count() > limit and time.monotonic() < end:
+        gc.collect()
+        time.sleep(0.02)
+    assert count() <= limit
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_stays_open_after_connections_refusals_and_losses(kind: str) -> None:
+    from dataclasses import replace
+
+    def once() -> None:
+        with ffn_worker(kind) as ffn:
+            with attention(kind, [ffn.port.address]) as port:
+                works(port)
+            with pytest.raises(HandshakeRefused):
+                attention(kind, [ffn.port.address], replace(HELLO, epoch=1)).__enter__()
+            with attention(kind, [ffn.port.address]):
+                ffn.stop()
+                ffn.port.close()
+
+    once()
+    gc.collect()
+    files, threads, shared = open_files(), threading.active_count(), set(os.listdir("/dev/shm"))
+    for _ in range(5):
+        once()
+    settle(open_files, files)
+    settle(threading.active_count, threads)
+    assert set(os.listdir("/dev/shm")) <= shared
+
+
+def test_a_killed_process_leaves_no_file_and_no_socket_behind() -> None:
+    shared, temporary = set(os.listdir("/dev/shm")), set(os.listdir("/tmp"))
+    with ffn_process("shm") as (process, address), attention("shm", [address]) as port:
+        works(port)
+        assert f"@{address.shm}" in Path("/proc/net/unix").read_text()
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(SOON_S)
+    assert f"@{address.shm}" not in Path("/proc/net/unix").read_text()
+    assert set(os.listdir("/dev/shm")) <= shared
+    assert not [name for name in set(os.listdir("/tmp")) - temporary if "afd-" in name]
+
+
+@pytest.fixture(autouse=True)
+def _log_everything(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
