@@ -1,0 +1,102 @@
+"""Chat templates: messages to prompt text, as Hugging Face's chat_template renders them, in Jinja's sandbox."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from afd.errors import CheckpointError, RequestError
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """The chat template of one model. Rendering is pure and may happen on any thread."""
+
+    def __init__(self, tokenizer_config: Mapping[str, object]) -> None:
+        """Raises CheckpointError for a template that is not valid Jinja."""
+        source = _source(tokenizer_config.get("chat_template"))
+        try:
+            self._template = None if source is None else _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise CheckpointError(
+                f"the model's chat_template is damaged: line {error.lineno}: {error.message}"
+            ) from error
+        self._special_tokens = {
+            name: text for name in _SPECIAL_TOKENS if (text := _token_text(tokenizer_config.get(name))) is not None
+        }
+
+    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """Prompt text up to where the assistant's answer begins. Raises RequestError (param "messages")."""
+        if self._template is None:
+            message = "this model has no chat template; send the whole prompt to /v1/completions instead"
+            raise RequestError(message, param="messages", code="no_chat_template")
+        try:
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+            )
+        except Exception as error:  # the template is the model's own code: it may fail in any way
+            message = f"the model's chat template cannot render these messages: {error}"
+            raise RequestError(message, param="messages", code="chat_template_error") from error
+
+
+def _source(value: object) -> str | None:
+    """tokenizer_config.json holds one template, or a list of named ones of which "default" is for plain chat."""
+    if isinstance(value, list):
+        named = {str(entry.get("name")): entry.get("template") for entry in value if isinstance(entry, dict)}
+        value = named.get("default", next(iter(named.values()), None))
+    if value is None or isinstance(value, str):
+        return value
+    raise CheckpointError(
+        f"chat_template in tokenizer_config is a {type(value).__name__}, not text or a list of named texts"
+    )
+
+
+def _token_text(value: object) -> str | None:
+    """A special token is written as its text or as an object with "content"."""
+    if isinstance(value, Mapping):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment
+
+
+def _tojson(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own tojson escapes for HTML, which no model has learned."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """{% generation %}…{% endgeneration %} marks the assistant's words for training; for serving it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,73 @@
+"""One choice of an answer while it grows: tokens in, text that is certain out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from afd.types import FinishReason, GenerateOutput, GenerateRequest, SampledToken
+from router.stops import StopStrings
+from router.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one step added to a choice. `offsets[i]` is how many characters of the choice came before `tokens[i]`.
+
+    Tokens come out at once, text only when it is certain, so a delta may have tokens and no text. `stop_reason` is
+    the stop string or stop token id of the request that ended the choice; None for EOS, as in vLLM.
+    """
+
+    index: int
+    text: str = ""
+    tokens: list[SampledToken] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Choice:
+    """Follows one request to one worker. `index` is the choice's place in the answer."""
+
+    def __init__(self, index: int, request: GenerateRequest, stops: Sequence[str], tokenizer: Tokenizer) -> None:
+        self.index = index
+        self.request = request
+        self.num_tokens = 0
+        self.last_token_at: float | None = None  # for the metrics of whoever follows
+        self._num_chars = 0
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids)
+        self._stops = StopStrings(stops)
+
+    def accept(self, output: GenerateOutput) -> Delta:
+        """Takes an output of the worker (no error) in order. After a delta with finish_reason nothing more is accepted.
+
+        A stop string may end the choice before the worker does; the worker then has to be told.
+        """
+        delta = Delta(self.index)
+        for token in output.tokens:
+            delta.tokens.append(token)
+            delta.offsets.append(self._num_chars)
+            self.num_tokens += 1
+            if output.stop_token_id == token.token_id and token is output.tokens[-1]:
+                break  # EOS and stop tokens end the text without being part of it
+            if self._add(delta, self._detokenizer.push(token.token_id)):
+                return delta
+        if output.finish_reason is not None and not self._add(delta, self._detokenizer.flush()):
+            delta.text += self._stops.flush()
+            delta.finish_reason = output.finish_reason
+            if output.stop_token_id in self.request.sampling.stop_token_ids:
+                delta.stop_reason = output.stop_token_id
+        return delta
+
+    def _add(self, delta: Delta, text: str) -> bool:
+        """Adds decoded text; True when a stop string ends the choice here."""
+        self._num_chars += len(text)
+        if self.num_tokens <= self.request.sampling.min_tokens:
+            delta.text += text  # too early to stop
+            return False
+        certain, stop = self._stops.push(text)
+        delta.text += certain
+        if stop is None:
+            return False
+        delta.finish_reason, delta.stop_reason = "stop", stop
+        return True

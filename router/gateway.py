@@ -1,0 +1,168 @@
+"""The router's parts put together, and what each endpoint answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable, Coroutine
+from dataclasses import asdict
+
+import orjson
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from afd.errors import AfdError, RequestError, Unavailable
+from afd.types import ClusterView, Role
+from router import errors, policy
+from router.generation import Generation
+from router.metrics import Metrics
+from router.pool import Pool
+from router.relay import Job, Relay
+from router.responses import ChatShape, CompletionShape, Json, Shape, Style
+from router.schema import ChatRequest, CompletionRequest, parse
+from router.settings import RouterSettings
+
+log = logging.getLogger(__name__)
+
+_LAST_WORDS_S = 1.0  # for telling those who did not finish while draining
+
+_Prepared = tuple[Job, Shape, bool]  # the last: streamed
+_Prepare = Callable[[str, bytes], Coroutine[None, None, _Prepared]]
+
+
+class Gateway:
+    """One router. Belongs to the event loop that serves it; `pool` is started and closed by the application."""
+
+    def __init__(self, settings: RouterSettings, watch: Callable[[], ClusterView]) -> None:
+        """Raises CheckpointError for a damaged tokenizer or chat template, ConfigError for an unknown policy."""
+        self.pool = Pool(
+            watch,
+            policy.create(settings.policy),
+            deadline_s=settings.deadline_s,
+            connect_s=settings.connect_s,
+            poll_s=settings.poll_s,
+        )
+        self._settings = settings
+        self._metrics = Metrics()
+        self._relay = Relay(settings, self.pool, self._metrics)
+        self._created = int(time.time())
+        self._draining = False
+
+    @property
+    def problem(self) -> str:
+        """One sentence on why new requests are refused, or ""."""
+        return "this server is shutting down" if self._draining else self.pool.problem
+
+    async def drain(self) -> None:
+        """Refuses new requests, lets those in flight finish for drain_s seconds, then tells the rest."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._relay.wait_idle(), self._settings.drain_s)
+        except asyncio.TimeoutError:
+            self.pool.fail_all("this server is shutting down and could not finish the answer in time")
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._relay.wait_idle(), _LAST_WORDS_S)
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await self._generate(request, f"chatcmpl-{uuid.uuid4().hex}", self._chat)
+
+    async def completions(self, request: Request) -> Response:
+        return await self._generate(request, f"cmpl-{uuid.uuid4().hex}", self._completion)
+
+    async def models(self) -> Response:
+        return _json({"object": "list", "data": [self._model_card()]})
+
+    async def model(self, model_id: str) -> Response:
+        try:
+            self._check_model(model_id)
+        except RequestError as error:
+            return errors.response(error)
+        return _json(self._model_card())
+
+    async def health(self) -> Response:
+        if self.problem:
+            return errors.response(Unavailable(self.problem))
+        return _json({"status": "ok"})
+
+    async def metrics(self) -> Response:
+        await self.pool.refresh()
+        statuses = [link.status for link in self.pool.links if link.status is not None]
+        return Response(self._metrics.render(statuses), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def status(self) -> Response:
+        """The cluster as this router sees it; what `afd status` prints."""
+        await self.pool.refresh()
+        view = self.pool.view
+        statuses = {link.worker.rank: link.status for link in self.pool.links}
+        workers: list[Json] = []
+        for worker in view.workers:
+            status = statuses.get(worker.rank) if worker.role is Role.ATTENTION else None
+            workers.append(asdict(worker) | {"status": None if status is None else asdict(status)})
+        head = {"epoch": view.epoch, "model": view.model, "topology": view.topology, "problem": self.problem}
+        return _json(head | {"workers": workers})
+
+    async def _generate(self, request: Request, job_id: str, prepare: _Prepare) -> Response:
+        try:
+            if self._draining:
+                raise Unavailable(self.problem)
+            job, shape, stream = await prepare(job_id, await self._body(request))
+            return Generation(self._relay, self._metrics, job, shape, stream=stream)
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            if not isinstance(error, AfdError):
+                log.exception("%s failed", job_id)
+            self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
+            return errors.response(error)
+
+    async def _chat(self, job_id: str, raw: bytes) -> _Prepared:
+        body = parse(ChatRequest, raw)
+        self._check_model(body.model)
+        job = await self._relay.chat_job(job_id, body)
+        return job, ChatShape(job, self._answer_style(body)), bool(body.stream)
+
+    async def _completion(self, job_id: str, raw: bytes) -> _Prepared:
+        body = parse(CompletionRequest, raw)
+        self._check_model(body.model)
+        job = await self._relay.completion_job(job_id, body)
+        return job, CompletionShape(job, self._answer_style(body)), bool(body.stream)
+
+    def _answer_style(self, body: ChatRequest | CompletionRequest) -> Style:
+        return Style(
+            model=self._settings.model_name,
+            created=int(time.time()),
+            tokenizer=self._relay.tokenizer,
+            num_logprobs=body.num_logprobs,
+            token_ids=bool(body.return_token_ids),
+            usage_chunk=body.include_usage,
+        )
+
+    async def _body(self, request: Request) -> bytes:
+        raw = bytearray()
+        async for chunk in request.stream():
+            raw += chunk
+            if len(raw) > self._settings.max_body_bytes:
+                limit = self._settings.max_body_bytes
+                raise RequestError(f"the request body is longer than {limit} bytes", code="body_too_large", status=413)
+        return bytes(raw)
+
+    def _check_model(self, name: str) -> None:
+        if name != self._settings.model_name:
+            message = f"model {name!r} is not served here; this server has {self._settings.model_name!r}"
+            raise RequestError(message, param="model", code="model_not_found", status=404)
+
+    def _model_card(self) -> Json:
+        return {
+            "id": self._settings.model_name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "afd",
+            "max_model_len": self._settings.max_context,
+        }
+
+
+def _json(value: Json) -> Response:
+    return errors.json_response(200, orjson.dumps(value))

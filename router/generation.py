@@ -1,0 +1,120 @@
+"""A job as an HTTP answer: streamed or whole, cancelled when the client hangs up, errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from afd.errors import AfdError
+from router import errors
+from router.choice import Delta
+from router.metrics import Metrics
+from router.relay import Job, Relay, Stream
+from router.responses import Shape, event
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Generation(Response):
+    """Runs `job` while it is sent. Until the first output is there, an error still has its own HTTP status; after
+    that it is an event in the stream, which then ends without [DONE]."""
+
+    def __init__(self, relay: Relay, metrics: Metrics, job: Job, shape: Shape, *, stream: bool) -> None:
+        self._relay = relay
+        self._metrics = metrics
+        self._job = job
+        self._shape = shape
+        self._write = self._stream if stream else self._whole
+        self._started = False
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} if stream else {}
+        super().__init__(
+            status_code=200,
+            headers={**headers, "x-request-id": job.job_id},
+            media_type="text/event-stream" if stream else "application/json",
+        )
+        self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _while_connected(receive, self._run(send))
+        except ClientDisconnect:
+            log.info("%s: the client left", self._job.job_id)
+        except Exception as error:
+            if isinstance(error, AfdError):
+                log.info("%s: %s", self._job.job_id, error)
+            else:
+                log.exception("%s failed", self._job.job_id)
+            self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
+            if self._started:
+                await self._send(send, event(errors.body(error)), more=False)
+            else:
+                await errors.response(error)(scope, receive, send)
+
+    async def _run(self, send: Send) -> None:
+        async with self._relay.open(self._job) as stream:
+            await self._write(stream, send)
+
+    async def _stream(self, stream: Stream, send: Send) -> None:
+        deltas = await stream.next()
+        await self._start(send)
+        opening = self._shape.opening()
+        while deltas:
+            content = opening + self._shape.chunks(deltas)
+            if content:
+                await self._send(send, content, more=True)
+            opening = b""
+            deltas = await stream.next()
+        await self._send(send, self._shape.closing(stream.num_generated), more=False)
+
+    async def _whole(self, stream: Stream, send: Send) -> None:
+        answers = [Delta(index) for index in range(len(self._job.prompts) * self._job.n)]
+        texts: list[list[str]] = [[] for _ in answers]
+        while deltas := await stream.next():
+            for delta in deltas:
+                answer = answers[delta.index]
+                texts[delta.index].append(delta.text)
+                answer.tokens += delta.tokens
+                answer.offsets += delta.offsets
+                answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
+        for answer, pieces in zip(answers, texts, strict=True):
+            answer.text = "".join(pieces)
+        content = self._shape.whole(answers, stream.num_generated)
+        self.raw_headers.append((b"content-length", str(len(content)).encode()))
+        await self._start(send)
+        await self._send(send, content, more=False)
+
+    async def _start(self, send: Send) -> None:
+        self._started = True
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+    @staticmethod
+    async def _send(send: Send, content: bytes, *, more: bool) -> None:
+        await send({"type": "http.response.body", "body": content, "more_body": more})
+
+
+async def _while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:
+    """The result of `work`; when the client hangs up first, `work` is cancelled and ClientDisconnect raised."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_hang_up(receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise ClientDisconnect
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,69 @@
+"""What the router counts, in Prometheus' words. Each router has a registry of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from afd.rpc.convert import AttentionStatus
+
+_LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
+_LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
+
+
+class Metrics:
+    """A "request" here is one choice, as it is for the workers. Latencies are in seconds, seen from the router."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        self.prompt_tokens = Counter("afd_prompt_tokens", "Prompt tokens of requests taken.", registry=registry)
+        self.generation_tokens = Counter("afd_generation_tokens", "Tokens generated.", registry=registry)
+        self.time_to_first_token = Histogram(
+            "afd_time_to_first_token_seconds",
+            "From the request to its first token.",
+            buckets=(*_LATENCY_S, 30.0, 60.0),
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "afd_inter_token_latency_seconds",
+            "Between two tokens of a request.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self._e2e = Histogram(
+            "afd_e2e_request_latency_seconds",
+            "From the request to its last token.",
+            buckets=_LONG_S,
+            registry=registry,
+        )
+        self._success = Counter(
+            "afd_request_success",
+            "Requests ended, by reason: stop, length, abort (the client left) or error.",
+            ["finished_reason"],
+            registry=registry,
+        )
+        self.http_errors = Counter("afd_http_errors", "Error answers, by HTTP status.", ["status"], registry=registry)
+        self._by_worker = {
+            field: Gauge(name, text, ["attention_rank"], registry=registry)
+            for field, name, text in (
+                ("running", "afd_requests_running", "Requests that hold KV blocks."),
+                ("waiting", "afd_requests_waiting", "Requests in the worker's queue."),
+                ("blocks_used", "afd_kv_blocks_used", "KV blocks in use."),
+                ("blocks_total", "afd_kv_blocks_total", "KV blocks there are."),
+            )
+        }
+
+    def finished(self, reason: str, seconds: float) -> None:
+        """A request ended `seconds` after it came."""
+        self._success.labels(reason).inc()
+        self._e2e.observe(seconds)
+
+    def render(self, statuses: Iterable[AttentionStatus]) -> bytes:
+        """The text format. Gauges of workers are set from `statuses`; workers that are gone disappear."""
+        for gauge in self._by_worker.values():
+            gauge.clear()
+        for status in statuses:
+            for field, gauge in self._by_worker.items():
+                gauge.labels(str(status.attention_rank)).set(getattr(status, field))
+        return generate_latest(self._registry)

@@ -1,0 +1,213 @@
+"""Connections to the attention workers that are ready, kept in step with the cluster view.
+
+One task polls the view and reconciles; a stream that breaks wakes it. Connecting and asking for status happen in tasks
+of their own, so that a slow worker delays nobody. Everything belongs to one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, field
+
+from afd.errors import TransportError, Unavailable
+from afd.rpc.attention_client import AttentionClient, Inbox
+from afd.rpc.convert import AttentionStatus
+from afd.types import ClusterView, GenerateRequest, Role, WorkerView
+from router.policy import Load, Policy
+
+log = logging.getLogger(__name__)
+
+_STATUS_S = 1.0  # longest wait for a worker's status where somebody waits for the answer
+
+
+@dataclass(slots=True)
+class Link:
+    """One attention worker: how the controller sees it, and the connection once there is one."""
+
+    worker: WorkerView
+    client: AttentionClient | None = None
+    status: AttentionStatus | None = None  # the last one heard
+    task: asyncio.Task[None] | None = field(default=None, repr=False)  # connecting, or asking for progress
+
+    @property
+    def usable(self) -> bool:
+        """Whether new requests may go there."""
+        return self.worker.state == "ready" and self.client is not None and not self.client.lost
+
+
+class Pool:
+    """`watch` gives the latest cluster view; it must be cheap. `start` and `close` on the loop that uses the pool."""
+
+    def __init__(
+        self, watch: Callable[[], ClusterView], policy: Policy, *, deadline_s: float, connect_s: float, poll_s: float
+    ) -> None:
+        self._watch = watch
+        self._policy = policy
+        self._deadline_s = deadline_s
+        self._connect_s = connect_s
+        self._poll_s = poll_s
+        self._links: dict[int, Link] = {}  # by attention_rank
+        self._wake = asyncio.Event()
+        self._closing: set[asyncio.Task[None]] = set()
+        self._reconciler: asyncio.Task[None] | None = None
+        self.view = watch()
+
+    async def start(self) -> None:
+        """Returns once every worker that is ready now has been tried once."""
+        self._reconcile()
+        await asyncio.gather(*(link.task for link in self._links.values() if link.task), return_exceptions=True)
+        self._reconciler = asyncio.create_task(self._follow_view())
+
+    async def close(self) -> None:
+        """Ends every stream; requests in flight are told."""
+        if self._reconciler is not None:
+            self._reconciler.cancel()
+            await asyncio.gather(self._reconciler, return_exceptions=True)
+        for attention_rank in list(self._links):
+            self._drop(attention_rank, "the router is shutting down")
+        await asyncio.gather(*self._closing, return_exceptions=True)
+
+    @property
+    def links(self) -> Sequence[Link]:
+        """Known workers, by attention_rank."""
+        return [self._links[attention_rank] for attention_rank in sorted(self._links)]
+
+    @property
+    def problem(self) -> str:
+        """One sentence on why no request can be served now, or ""."""
+        if self.view.problem:
+            return self.view.problem
+        if any(link.usable for link in self._links.values()):
+            return ""
+        workers = [worker for worker in self.view.workers if worker.role is Role.ATTENTION]
+        reasons = [f"attention worker {worker.rank} {self._ailment(worker)}" for worker in workers]
+        return f"no attention worker can take requests: {'; '.join(reasons) or 'the cluster has none'}"
+
+    def submit(self, request: GenerateRequest, inbox: Inbox) -> AttentionClient:
+        """Sends `request` to the worker that the policy chooses, and returns its client, for cancelling.
+
+        Raises Unavailable with a sentence when no worker can take it.
+        """
+        if self.view.problem:
+            raise Unavailable(self.view.problem)
+        clients = {link.worker.rank: link.client for link in self.links if link.usable and link.client is not None}
+        if not clients:
+            raise Unavailable(self.problem)
+        chosen = self._policy.choose([Load(rank, c.num_requests, c.num_tokens) for rank, c in clients.items()])
+        clients[chosen].submit(request, inbox)
+        return clients[chosen]
+
+    def fail_all(self, sentence: str) -> None:
+        """Ends every request in flight with an error output saying `sentence`."""
+        for link in self._links.values():
+            if link.client is not None:
+                link.client.fail(sentence)
+
+    async def refresh(self) -> None:
+        """Asks every usable worker for its status, at the same time; one that does not answer keeps its last."""
+        await asyncio.gather(*(self._ask(link, link.client) for link in self._links.values() if link.client))
+
+    async def _follow_view(self) -> None:
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._poll_s)
+            self._wake.clear()
+            try:
+                self.view = self._watch()
+                self._reconcile()
+            except Exception:
+                log.exception("the cluster view could not be read; the last one stands")
+
+    def _reconcile(self) -> None:
+        workers = {worker.rank: worker for worker in self.view.workers if worker.role is Role.ATTENTION}
+        for attention_rank in self._links.keys() - workers.keys():
+            self._drop(attention_rank, f"attention worker {attention_rank} has left the cluster")
+        for attention_rank, worker in workers.items():
+            link = self._links.get(attention_rank)
+            if link is not None and self._is_over(link, worker):
+                why = worker.message or f"attention worker {attention_rank} was lost: it is {worker.state}"
+                self._drop(attention_rank, why)
+                link = None
+            if link is not None:
+                link.worker = worker
+                self._check_progress(link)
+            elif worker.state == "ready" and worker.address:
+                self._links[attention_rank] = link = Link(worker)
+                link.task = asyncio.create_task(self._connect(link))
+
+    @staticmethod
+    def _is_over(link: Link, worker: WorkerView) -> bool:
+        """Whether the connection is of no more use: broken, failed to open, or of an earlier life of the worker."""
+        broken = link.client.lost != "" if link.client is not None else link.task is None or link.task.done()
+        return broken or worker.state in ("starting", "lost") or worker.address != link.worker.address
+
+    def _drop(self, attention_rank: int, why: str) -> None:
+        link = self._links.pop(attention_rank)
+        if link.client is not None:
+            link.client.fail(why)
+        self._spawn_closing(self._close_link(link))
+
+    def _spawn_closing(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    @staticmethod
+    async def _close_link(link: Link) -> None:
+        if link.task is not None:
+            link.task.cancel()
+            await asyncio.gather(link.task, return_exceptions=True)
+        if link.client is not None:
+            await link.client.close()
+
+    async def _connect(self, link: Link) -> None:
+        peer = f"attention worker {link.worker.rank}"
+        try:
+            client = await AttentionClient.connect(
+                link.worker.address, peer=peer, deadline_s=self._connect_s, on_lost=self._wake.set
+            )
+        except TransportError as error:
+            log.warning("%s", error)
+            return
+        link.client = client
+        log.info("connected to %s at %s", peer, link.worker.address)
+        await self._ask(link, client)
+
+    async def _ask(self, link: Link, client: AttentionClient) -> None:
+        try:
+            link.status = await client.status(deadline_s=min(_STATUS_S, self._deadline_s))
+        except TransportError as error:
+            log.debug("%s", error)
+
+    def _check_progress(self, link: Link) -> None:
+        """Fails the requests of a worker that neither sends tokens nor finishes steps. Long prefills and a long queue
+        give no tokens either, so silence makes the router ask whether steps go on."""
+        client = link.client
+        if client is None or client.num_requests == 0:
+            return
+        silent_s = asyncio.get_running_loop().time() - client.heard_at
+        if silent_s > self._deadline_s:
+            client.fail(
+                f"{client.peer} at {client.address} gave no token and finished no step for {self._deadline_s:g} s "
+                f"(the router's deadline_s)"
+            )
+        elif silent_s > min(1.0, self._deadline_s / 4) and (link.task is None or link.task.done()):
+            link.task = asyncio.create_task(self._probe(link, client))
+
+    async def _probe(self, link: Link, client: AttentionClient) -> None:
+        before = link.status
+        await self._ask(link, client)
+        if before is not None and link.status is not None and link.status.steps > before.steps:
+            client.heard_at = asyncio.get_running_loop().time()
+        await asyncio.sleep(min(1.0, self._deadline_s / 4))  # one question at a time, and not too many
+
+    def _ailment(self, worker: WorkerView) -> str:
+        link = self._links.get(worker.rank)
+        if worker.state != "ready":
+            return f"is {worker.state}" + (f" ({worker.message})" if worker.message else "")
+        if link is not None and link.client is not None and link.client.lost:
+            return f"is lost ({link.client.lost})"
+        return "is not connected yet"

@@ -1,0 +1,207 @@
+"""READ FIRST: one request's way through the router.
+
+`Relay.chat_job` and `completion_job` turn a checked request into a Job: prompts as token ids, and how to continue them.
+`Relay.open` sends one worker request for every prompt and choice, and gives a Stream; `Stream.next` gives what came
+since: tokens at once, text once no later token can change it (a character's missing bytes, a stop string begun).
+Leaving the stream, for whatever reason, cancels at the workers what has not ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from afd.errors import RequestError, Unavailable
+from afd.rpc.attention_client import AttentionClient, Inbox
+from afd.types import GenerateOutput, GenerateRequest, SamplingParams
+from router.chat import ChatTemplate
+from router.choice import Choice, Delta
+from router.metrics import Metrics
+from router.pool import Pool
+from router.schema import ChatRequest, CompletionRequest, Request, SamplingDefaults
+from router.settings import RouterSettings
+from router.tokenizer import Tokenizer, off_loop
+
+_COMPLETION_TOKENS = 16  # what /v1/completions generates when the client does not say, as at OpenAI
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What to generate: `n` choices for each prompt. Choice j of prompt i has index i * n + j."""
+
+    job_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    sampling: tuple[SamplingParams, ...]  # one per prompt: max_tokens may depend on its length
+    n: int
+    stops: tuple[str, ...]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    def choices(self, tokenizer: Tokenizer) -> list[Choice]:
+        """Fresh choices, in the order of their index. A seed is offset by the choice's place among the n of a prompt,
+        so that choices differ and equal prompts have equal answers."""
+        return [
+            Choice(i * self.n + j, self._worker_request(i, j), self.stops, tokenizer)
+            for i in range(len(self.prompts))
+            for j in range(self.n)
+        ]
+
+    def _worker_request(self, i: int, j: int) -> GenerateRequest:
+        sampling = self.sampling[i]
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=(sampling.seed + j) % 2**64)
+        return GenerateRequest(f"{self.job_id}-{i * self.n + j}", self.prompts[i], sampling)
+
+
+class Stream:
+    """The choices of one job while they grow. Made by Relay.open."""
+
+    def __init__(self, job: Job, metrics: Metrics) -> None:
+        self.num_generated = 0  # tokens, over all choices
+        self._job = job
+        self._metrics = metrics
+        self._started = time.perf_counter()
+        self._inbox = Inbox()
+        self._running: dict[str, tuple[Choice, AttentionClient]] = {}
+
+    def submit(self, choices: Sequence[Choice], pool: Pool) -> None:
+        """Raises Unavailable. What was submitted before that is running, and `cancel` ends it."""
+        self._metrics.prompt_tokens.inc(self._job.num_prompt_tokens)
+        for choice in choices:
+            client = pool.submit(choice.request, self._inbox)
+            self._running[choice.request.request_id] = (choice, client)
+
+    async def next(self) -> list[Delta]:
+        """What came since the last call, in order; [] when every choice has ended.
+
+        Raises RequestError or Unavailable when a worker refuses, fails or is lost.
+        """
+        if not self._running:
+            return []
+        outputs = await self._inbox.take()
+        return [self._accept(output) for output in outputs if output.request_id in self._running]
+
+    def cancel(self) -> None:
+        """Ends at the workers what has not ended by itself."""
+        for request_id, (_, client) in self._running.items():
+            client.cancel(request_id)
+            self._metrics.finished("abort", time.perf_counter() - self._started)
+        self._running.clear()
+
+    def _accept(self, output: GenerateOutput) -> Delta:
+        choice, client = self._running[output.request_id]
+        if output.finish_reason in ("error", "cancelled"):
+            del self._running[output.request_id]
+            self._metrics.finished("error", time.perf_counter() - self._started)
+            if output.client_error:
+                raise RequestError(output.error)
+            raise Unavailable(output.error or f"{client.peer} cancelled the request")
+        delta = choice.accept(output)
+        self._measure(choice, len(delta.tokens))
+        if delta.finish_reason is not None:
+            del self._running[output.request_id]
+            if output.finish_reason is None:
+                client.cancel(output.request_id)  # a stop string ended it: the worker does not know
+            self._metrics.finished(delta.finish_reason, time.perf_counter() - self._started)
+        return delta
+
+    def _measure(self, choice: Choice, num_tokens: int) -> None:
+        if num_tokens == 0:
+            return
+        now = time.perf_counter()
+        if choice.last_token_at is None:
+            self._metrics.time_to_first_token.observe(now - self._started)
+        else:
+            self._metrics.inter_token_latency.observe((now - choice.last_token_at) / num_tokens)
+        choice.last_token_at = now
+        self.num_generated += num_tokens
+        self._metrics.generation_tokens.inc(num_tokens)
+
+
+class Relay:
+    """Turns requests into jobs and follows them. Holds nothing of a single request."""
+
+    def __init__(self, settings: RouterSettings, pool: Pool, metrics: Metrics) -> None:
+        """Raises CheckpointError when the model's tokenizer, chat template or generation config is damaged."""
+        self._settings = settings
+        self._tokenizer = Tokenizer(settings.tokenizer_json)
+        self._template = ChatTemplate(settings.tokenizer_config)
+        self._defaults = SamplingDefaults.read(settings.generation_config)
+        self._pool = pool
+        self._metrics = metrics
+        self._num_open = 0
+        self._closed_one = asyncio.Event()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    async def chat_job(self, job_id: str, request: ChatRequest) -> Job:
+        """Raises RequestError. The answer may by default take the rest of the context."""
+        messages = [message.for_template() for message in request.messages]
+        num_chars = sum(len(message.content) for message in request.messages)
+        ids = await off_loop(lambda: self._tokenizer.encode(self._template.render(messages), special=False), num_chars)
+        return self._job(job_id, request, [ids], "messages", self._settings.max_context)
+
+    async def completion_job(self, job_id: str, request: CompletionRequest) -> Job:
+        """Raises RequestError."""
+        prompts = []
+        for prompt in request.prompt:
+            if isinstance(prompt, str):
+                ids = await off_loop(partial(self._tokenizer.encode, prompt, special=True), len(prompt))
+            else:
+                self._check_vocabulary(prompt, "prompt")
+                ids = prompt
+            prompts.append(ids)
+        return self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS)
+
+    @asynccontextmanager
+    async def open(self, job: Job) -> AsyncIterator[Stream]:
+        """Starts the job. Raises Unavailable when no worker can take it."""
+        stream = Stream(job, self._metrics)
+        self._num_open += 1
+        try:
+            stream.submit(job.choices(self._tokenizer), self._pool)
+            yield stream
+        finally:
+            stream.cancel()
+            self._num_open -= 1
+            self._closed_one.set()
+
+    async def wait_idle(self) -> None:
+        """Returns when no stream is open."""
+        while self._num_open:
+            self._closed_one.clear()
+            await self._closed_one.wait()
+
+    def _check_vocabulary(self, ids: list[int], param: str) -> None:
+        bad = next((token for token in ids if not 0 <= token < self._settings.vocab_size), None)
+        if bad is not None:
+            message = (
+                f"{param} holds token id {bad}; the model's vocabulary has ids 0 to {self._settings.vocab_size - 1}"
+            )
+            raise RequestError(message, param=param, code="invalid_token_id")
+
+    def _job(self, job_id: str, request: Request, prompts: list[list[int]], param: str, default_tokens: int) -> Job:
+        self._check_vocabulary(request.stop_token_ids or [], "stop_token_ids")
+        sampling = []
+        for ids in prompts:
+            if not ids:
+                raise RequestError(f"{param} holds no tokens", param=param, code="empty_prompt")
+            limit = request.token_limit
+            room = self._settings.max_context - len(ids)
+            if room < (limit or 1):
+                raise RequestError(
+                    f"this model's context is {self._settings.max_context} tokens, but the prompt has {len(ids)} and "
+                    f"the answer may have {limit or 'at least 1'}; shorten {param} or lower max_tokens",
+                    param=param,
+                    code="context_length_exceeded",
+                )
+            sampling.append(self._defaults.sampling(request, min(default_tokens, room) if limit is None else limit))
+        return Job(job_id, tuple(map(tuple, prompts)), tuple(sampling), request.n or 1, tuple(request.stop))

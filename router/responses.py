@@ -1,0 +1,214 @@
+"""Answers as OpenAI's JSON, whole or as server-sent chunks; token ids where vLLM puts them.
+
+Pure: deltas in, bytes or JSON values out. The two endpoints differ in where text, role, logprobs and prompt token ids
+stand; `Shape` is what they share.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import orjson
+
+from afd.types import SampledToken
+from router.choice import Delta
+from router.relay import Job
+from router.tokenizer import Tokenizer
+
+Json = dict[str, object]
+
+DONE = b"data: [DONE]\n\n"
+_LEAST_LOGPROB = -9999.0  # JSON has no -infinity; the number OpenAI and vLLM give for "impossible"
+
+
+def event(content: bytes) -> bytes:
+    """One server-sent event."""
+    return b"data: " + content + b"\n\n"
+
+
+def usage(num_prompt_tokens: int, num_generated: int) -> Json:
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt_tokens + num_generated,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """What the client asked the answer to hold."""
+
+    model: str
+    created: int  # seconds since 1970
+    tokenizer: Tokenizer
+    num_logprobs: int | None  # alternatives beside each token; None: no logprobs
+    token_ids: bool
+    usage_chunk: bool
+
+
+class Shape(ABC):
+    """How one job's answer is written."""
+
+    object_whole: str
+    object_chunk: str
+
+    def __init__(self, job: Job, style: Style) -> None:
+        self._job = job
+        self._tokenizer = style.tokenizer
+        self._num_logprobs = style.num_logprobs
+        self._token_ids = style.token_ids
+        self._usage_chunk = style.usage_chunk
+        self._head: Json = {
+            "id": job.job_id,
+            "object": self.object_chunk,
+            "created": style.created,
+            "model": style.model,
+        }
+
+    def opening(self) -> bytes:
+        """Chunks before the first token."""
+        return b""
+
+    def chunks(self, deltas: Iterable[Delta]) -> bytes:
+        """One chunk for each delta that says something."""
+        return b"".join([self._chunk(self._delta(delta)) for delta in deltas if self._speaks(delta)])
+
+    def closing(self, num_generated: int) -> bytes:
+        """Chunks after the last token."""
+        if not self._usage_chunk:
+            return DONE
+        total = usage(self._job.num_prompt_tokens, num_generated)
+        return event(orjson.dumps({**self._head, "choices": [], "usage": total})) + DONE
+
+    def whole(self, answers: Sequence[Delta], num_generated: int) -> bytes:
+        """The answer that is not streamed; `answers` in the order of their index."""
+        return orjson.dumps(
+            {
+                **self._head,
+                "object": self.object_whole,
+                "choices": [self._choice(answer) for answer in answers],
+                "usage": usage(self._job.num_prompt_tokens, num_generated),
+                **self._whole_extras(),
+            }
+        )
+
+    @abstractmethod
+    def _delta(self, delta: Delta) -> Json:
+        """A choice of a chunk."""
+
+    @abstractmethod
+    def _choice(self, answer: Delta) -> Json:
+        """A choice of a whole answer."""
+
+    @abstractmethod
+    def _logprobs(self, delta: Delta) -> Json:
+        """The logprobs of a delta's tokens."""
+
+    def _whole_extras(self) -> Json:
+        return {}
+
+    def _chunk(self, choice: Json, extras: Json | None = None) -> bytes:
+        chunk = {**self._head, "choices": [choice], **(extras or {})}
+        if self._usage_chunk:
+            chunk["usage"] = None
+        return event(orjson.dumps(chunk))
+
+    def _speaks(self, delta: Delta) -> bool:
+        tokens_matter = self._token_ids or self._num_logprobs is not None
+        return bool(delta.text or delta.finish_reason or (tokens_matter and delta.tokens))
+
+    def _end_of_choice(self, delta: Delta) -> Json:
+        """What a choice of either endpoint holds beside its text."""
+        end: Json = {
+            "logprobs": None if self._num_logprobs is None else self._logprobs(delta),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+        if self._token_ids:
+            end["token_ids"] = [token.token_id for token in delta.tokens]
+        return end
+
+    def _token_text(self, token_id: int) -> str:
+        return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
+
+
+class ChatShape(Shape):
+    """chat.completion and chat.completion.chunk."""
+
+    object_whole = "chat.completion"
+    object_chunk = "chat.completion.chunk"
+
+    def opening(self) -> bytes:
+        opened = []
+        for index in range(len(self._job.prompts) * self._job.n):
+            delta = {"role": "assistant", "content": ""}
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            opened.append(self._chunk(choice, self._whole_extras()))
+        return b"".join(opened)
+
+    def _delta(self, delta: Delta) -> Json:
+        content = {"content": delta.text} if delta.text else {}
+        return {"index": delta.index, "delta": content, **self._end_of_choice(delta)}
+
+    def _choice(self, answer: Delta) -> Json:
+        message = {"role": "assistant", "content": answer.text}
+        return {"index": answer.index, "message": message, **self._end_of_choice(answer)}
+
+    def _whole_extras(self) -> Json:
+        return {"prompt_token_ids": self._job.prompts[0]} if self._token_ids else {}
+
+    def _logprobs(self, delta: Delta) -> Json:
+        return {"content": [self._token_logprob(token) for token in delta.tokens]}
+
+    def _token_logprob(self, token: SampledToken) -> Json:
+        top = [self._entry(token_id, logprob) for token_id, logprob in token.top_logprobs[: self._num_logprobs]]
+        return {**self._entry(token.token_id, token.logprob), "top_logprobs": top}
+
+    def _entry(self, token_id: int, logprob: float | None) -> Json:
+        raw = self._tokenizer.token_bytes(token_id)
+        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+
+
+class CompletionShape(Shape):
+    """text_completion, whole and in chunks."""
+
+    object_whole = "text_completion"
+    object_chunk = "text_completion"
+
+    def opening(self) -> bytes:
+        if not self._token_ids:
+            return b""
+        opened = []
+        for index in range(len(self._job.prompts) * self._job.n):
+            choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None, **self._prompt_ids(index)}
+            opened.append(self._chunk(choice))
+        return b"".join(opened)
+
+    def _delta(self, delta: Delta) -> Json:
+        return {"index": delta.index, "text": delta.text, **self._end_of_choice(delta)}
+
+    def _choice(self, answer: Delta) -> Json:
+        prompt_ids = self._prompt_ids(answer.index) if self._token_ids else {}
+        return {"index": answer.index, "text": answer.text, **self._end_of_choice(answer), **prompt_ids}
+
+    def _prompt_ids(self, index: int) -> Json:
+        return {"prompt_token_ids": self._job.prompts[index // self._job.n]}
+
+    def _logprobs(self, delta: Delta) -> Json:
+        return {
+            "tokens": [self._token_text(token.token_id) for token in delta.tokens],
+            "token_logprobs": [_finite(token.logprob) for token in delta.tokens],
+            "top_logprobs": [self._top(token) for token in delta.tokens],
+            "text_offset": delta.offsets,
+        }
+
+    def _top(self, token: SampledToken) -> Json:
+        """The best alternatives by text, and the sampled token, which may be one more."""
+        top: Json = {self._token_text(i): _finite(value) for i, value in token.top_logprobs[: self._num_logprobs]}
+        return top | {self._token_text(token.token_id): _finite(token.logprob)}
+
+
+def _finite(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, _LEAST_LOGPROB)

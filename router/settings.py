@@ -1,0 +1,30 @@
+"""What a router is told once, at its start. Plain values, so that nothing here depends on where models live."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """`tokenizer_config` and `generation_config` are the model's JSON files of those names, parsed ({}: it has none).
+
+    `max_context` is in tokens, prompt and answer together. `vocab_size` is the model's: token ids at or above it are
+    refused. `deadline_s`: how long an attention worker with requests may go without a token or a finished step before
+    its requests are failed; make it longer than the workers' own deadlines, whose errors say more.
+    """
+
+    model_name: str
+    max_context: int
+    vocab_size: int
+    tokenizer_json: Path
+    tokenizer_config: Mapping[str, object] = field(default_factory=dict)
+    generation_config: Mapping[str, object] = field(default_factory=dict)
+    policy: str = "least_loaded"
+    drain_s: float = 5.0  # how long requests in flight may finish on shutdown
+    deadline_s: float = 60.0
+    connect_s: float = 10.0  # longest wait for an attention worker to accept the router's connection
+    poll_s: float = 0.2  # how often the cluster view is read
+    max_body_bytes: int = 32 << 20
