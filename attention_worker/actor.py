@@ -134,9 +134,8 @@ class AttentionWorker:
                     f"and the KV cache holds {num_blocks * settings.block_size} (attention.kv_cache_gib)"
                 )
             max_context = settings.max_context
-        cache = KvCache(
-            spec, num_blocks, settings.block_size, build.TORCH_DTYPES[plan.dtype], plan.device, kernels.kernel("auto")
-        )
+        dtype = build.TORCH_DTYPES[plan.dtype]
+        cache = KvCache(spec, num_blocks, settings.block_size, dtype, plan.device, kernels.kernel("batched"))
         scheduler = Scheduler(
             BlockManager(num_blocks, settings.block_size),
             microbatches=settings.microbatches,

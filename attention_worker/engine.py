@@ -82,7 +82,6 @@ class Engine:
                 except Exception as error:  # our own bug: say so to everybody rather than hang them
                     log.exception("the engine failed")
                     self._lose(f"the attention worker's engine failed: {error}")
-                self.requests.flush()
         self._fail_all("the attention worker is stopping")
         self.requests.flush()
 
@@ -93,23 +92,24 @@ class Engine:
 
     def _turn(self) -> None:
         self._read_inbox()
-        if not self._lost and (microbatch := self._next()):
+        self.requests.flush()
+        if self._lost or self._stopping:
+            return
+        # The only wait: a note's wake-up that it takes is followed by a look into the inbox.
+        self._collect(0.0 if self._choose() else IDLE_S)
+        if microbatch := self._choose():
             self._advance(microbatch)
 
     # ---- the loop's verbs -----------------------------------------------------------------------------------
 
-    def _next(self) -> Microbatch | None:
+    def _choose(self) -> Microbatch | None:
         """An idle microbatch, if there is work for it (so that the pipeline fills first); else the one whose answers
-        are here, the oldest first; else waits."""
-        self._collect(0.0)
+        are here, the oldest first; None: there is nothing to do but wait."""
         idle = next((m for m in self.microbatches if not m.dispatch), None)
         if idle and not self._starved and self.scheduler.has_work():
             return idle
         answered = [m for m in self.microbatches if m.dispatch and len(m.answers) == len(self.port.ffn_ranks)]
-        if answered:
-            return min(answered, key=lambda m: m.sent_at)
-        self._collect(IDLE_S)
-        return None
+        return min(answered, key=lambda m: m.sent_at, default=None)
 
     def _advance(self, microbatch: Microbatch) -> None:
         """Resumes a microbatch, and sends what it yields."""

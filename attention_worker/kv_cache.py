@@ -34,7 +34,16 @@ class KvCache:
 
     def view(self, batch: Batch) -> PagedView:
         """What the tokens of `batch` attend through during one step."""
-        return PagedView(self, _attention_batch(batch, self.block_size, self.device))
+        return PagedView(
+            self,
+            AttentionBatch.build(
+                query_lengths=[chunk.count for chunk in batch.chunks],
+                context_lengths=[chunk.start + chunk.count for chunk in batch.chunks],
+                block_tables=[chunk.sequence.block_table for chunk in batch.chunks],
+                block_size=self.block_size,
+                device=self.device,
+            ),
+        )
 
 
 class PagedView:
@@ -49,23 +58,6 @@ class PagedView:
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         self._cache.kernel.store(keys, values, k, v, self._batch)
         return self._cache.kernel.attend(q, keys, values, self._batch, scale)
-
-
-def _attention_batch(batch: Batch, block_size: int, device: torch.device) -> AttentionBatch:
-    counts = [chunk.count for chunk in batch.chunks]
-    tables = [chunk.sequence.block_table for chunk in batch.chunks]
-    slots = [
-        table[position // block_size] * block_size + position % block_size
-        for chunk, table in zip(batch.chunks, tables, strict=True)
-        for position in range(chunk.start, chunk.start + chunk.count)
-    ]
-    return AttentionBatch.build(
-        query_lens=counts,
-        context_lens=[chunk.start + chunk.count for chunk in batch.chunks],
-        block_tables=tables,
-        slots=slots,
-        device=device,
-    )
 
 
 def positions(batch: Batch) -> list[int]:

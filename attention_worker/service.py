@@ -7,11 +7,12 @@ call, so a step costs the engine one wake-up however many requests it moved.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import TypeVar
 
 import grpc
@@ -86,7 +87,7 @@ class Service:
             if owner in self._queues:
                 self._queues[owner].put_nowait(mine)
 
-    async def serve_stream(self, messages: AsyncIterator[pb.RouterMessage]) -> AsyncIterator[pb.StepOutputs]:
+    async def serve_stream(self, messages: AsyncIterator[pb.RouterMessage]) -> AsyncGenerator[pb.StepOutputs, None]:
         """One router connection, from its first message to its end."""
         owner = next(self._owners)
         queue = self._queues[owner] = asyncio.Queue()
@@ -135,17 +136,19 @@ class Service:
 
 
 class _Servicer(pb_grpc.AttentionServicer):  # type: ignore[misc]
-    """gRPC's names for the above."""
+    """gRPC's names for the above. grpc.aio tells a streaming handler by its being an async generator itself."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
 
-    def Serve(
+    async def Serve(
         self,
         request_iterator: AsyncIterator[pb.RouterMessage],
         context: object,  # noqa: ARG002
     ) -> AsyncIterator[pb.StepOutputs]:
-        return self._service.serve_stream(request_iterator)
+        async with contextlib.aclosing(self._service.serve_stream(request_iterator)) as steps:
+            async for outputs in steps:
+                yield outputs
 
     async def Status(self, request: pb.StatusRequest, context: object) -> pb.StatusReply:  # noqa: ARG002
         return self._service.status_reply()
