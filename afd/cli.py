@@ -1,0 +1,127 @@
+"""The command line: `afd serve`, `chat`, `status` and `model`.
+
+Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from afd.errors import AfdError
+
+app = typer.Typer(
+    help="Serves language models with their attention and FFN halves on different workers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+model_app = typer.Typer(help="Prepares and describes models.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+USER_ERROR = 2  # the exit code that typer gives a wrong flag, too
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+Url = Annotated[str, typer.Option(help="Where the router listens.")]
+Text = str | None
+
+
+def main() -> None:
+    """Entry point of `afd`. What a person can mend is told in one sentence, without a traceback; exit code 2."""
+    try:
+        app()
+    except AfdError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        sys.exit(USER_ERROR)
+
+
+@app.command()
+def serve(
+    deployment: Annotated[Path | None, typer.Argument(help="A deployment file; see deploy/local.yaml.")] = None,
+    model: Annotated[Text, typer.Option(help="A named model (afd model list), a folder, or a .gguf file.")] = None,
+    topology: Annotated[Text, typer.Option(help="Attention and FFN workers, like 2A1F.")] = None,
+    ffn_sharding: Annotated[Text, typer.Option(help="ep, tp or hybrid.")] = None,
+    microbatches: Annotated[int | None, typer.Option(help="In flight per attention worker.")] = None,
+    transport: Annotated[Text, typer.Option(help="auto, shm, grpc, or inproc: all in one process, no Ray.")] = None,
+    dtype: Annotated[Text, typer.Option(help="auto, fp32 or bf16.")] = None,
+    device: Annotated[Text, typer.Option(help="auto, cpu or cuda.")] = None,
+    backend: Annotated[Text, typer.Option(help="ray, or local: plain processes on this machine.")] = None,
+    host: Annotated[Text, typer.Option(help="Address the router listens on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port the router listens on; 0 picks one.")] = None,
+) -> None:
+    """Serves a model until Ctrl-C. Flags override the deployment file."""
+    from afd import config, env
+    from afd.cluster import launch
+
+    env.read()
+    flags = {
+        "model": model,
+        "topology": topology,
+        "ffn.sharding": ffn_sharding,
+        "attention.microbatches": microbatches,
+        "transport.kind": transport,
+        "dtype": dtype,
+        "device": device,
+        "cluster.backend": backend,
+        "router.host": host,
+        "router.port": port,
+    }
+    launch.serve(config.load(deployment).with_flags(flags))
+
+
+@app.command()
+def chat(
+    prompt: Annotated[Text, typer.Argument(help="Asks this and ends; without it, talks until Ctrl-D.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Talks to a running server; answers stream to the terminal."""
+    from afd.commands import chat as command
+
+    command.chat(prompt, url)
+
+
+@app.command()
+def status(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False, url: Url = DEFAULT_URL) -> None:
+    """Shows every worker of a running server."""
+    from afd.commands import status as command
+
+    command.status(url, json)
+
+
+@model_app.command("prepare")
+def model_prepare(
+    name: Annotated[str, typer.Argument(help="A name from `afd model list`.")],
+    force: Annotated[bool, typer.Option("--force", help="Again, even if it is there.")] = False,
+) -> None:
+    """Makes a named model ready to be served."""
+    from afd.commands import model as command
+
+    command.prepare(name, force)
+
+
+@model_app.command("list")
+def model_list() -> None:
+    """Lists the named models and whether they are prepared."""
+    from afd.commands import model as command
+
+    command.list_known()
+
+
+@model_app.command("info")
+def model_info(
+    name_or_path: Annotated[str, typer.Argument(help="A named model, a folder, or a .gguf file.")],
+    topology: Annotated[Text, typer.Option(help="Attention and FFN workers, like 1A4F.")] = None,
+    ffn_sharding: Annotated[Text, typer.Option(help="ep, tp or hybrid.")] = None,
+    dtype: Annotated[Text, typer.Option(help="auto, fp32 or bf16.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Shows what of a model lands on which worker."""
+    from afd.commands import model as command
+    from afd.config import Deployment
+
+    flags = {"model": name_or_path, "topology": topology, "ffn.sharding": ffn_sharding, "dtype": dtype}
+    command.info(Deployment().with_flags(flags), json)

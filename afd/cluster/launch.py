@@ -1,0 +1,193 @@
+"""`afd serve`: from a deployment to a running server and back to nothing.
+
+The order is that of what fails soonest: the model's files, the topology, the port, then the workers, then the router,
+which runs in this process until a signal ends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from afd import log as logs
+from afd import spec as specs
+from afd.cluster.controller import Cluster
+from afd.cluster.roles import Roles, load
+from afd.config import Deployment
+from afd.errors import CheckpointError, ClusterError
+from afd.spec import ModelSpec
+from afd.topology import ffn_shards
+from afd.types import ClusterView
+from afd.weights import library
+
+log = logging.getLogger(__name__)
+
+# Loaded by name: Ray is an optional dependency, and takes a second to import.
+BACKENDS = {"ray": "afd.cluster.ray_host:cluster", "local": "afd.cluster.local:cluster"}
+DRAIN_MARGIN_S = 2.0  # for the router to end after draining
+TICK_S = 0.1  # how often a starting cluster is looked at, and a signal obeyed
+
+
+def serve(deployment: Deployment, roles: Roles = Roles()) -> None:  # noqa: B008
+    """Serves until SIGINT or SIGTERM, then drains, stops every worker and returns. Raises AfdError for what cannot be
+    served: the model, the topology, the port, or a worker that does not start."""
+    logs.setup("router")
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the line with the URL is printed here
+    console = Console(stderr=True, highlight=False)
+    files = prepared(deployment.model, console)
+    spec = specs.from_config(files.config)
+    ffn_shards(deployment.counts.ffn, deployment.ffn.sharding, spec.num_experts, deployment.ffn.tp)
+    router = load(roles.router)
+    settings = _router_settings(router, deployment, files, spec)
+    started = time.monotonic()
+    with (
+        closing(router.bind(deployment.router.host, deployment.router.port)) as door,
+        _signals() as quitting,
+        open_cluster(deployment, roles) as cluster,
+    ):
+        quitting.listen()  # again: Ray has put its own handler in the way
+        if not _until_ready(cluster, quitting, console):
+            return
+        console.print(f"workers ready in {time.monotonic() - started:.1f} s")
+        announce = partial(_announce, deployment, files.name)
+        _run(router.Server(settings, cluster.view, door, on_ready=announce), settings.drain_s, quitting)
+
+
+def open_cluster(deployment: Deployment, roles: Roles = Roles()) -> AbstractContextManager[Cluster]:  # noqa: B008
+    """The deployment's workers, on its backend: a context manager that yields at once and leaves nothing behind.
+
+    The inproc transport means threads of this process, whatever the backend. Raises ClusterError without Ray.
+    """
+    backend = "local" if deployment.transport.kind == "inproc" else deployment.cluster.backend
+    try:
+        cluster: AbstractContextManager[Cluster] = load(BACKENDS[backend])(deployment, roles)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "ray":
+            raise
+        raise ClusterError("Ray is not installed: pip install 'afd[ray]', or set cluster.backend to local") from error
+    return cluster
+
+
+def prepared(name: str, console: Console) -> library.ModelFiles:
+    """The model's files; a named model that is not prepared yet is, with a progress bar. Raises ModelError."""
+    if any(model.name == name and not model.prepared for model in library.known()):
+        prepare(name, console)
+    return library.resolve(name)
+
+
+def prepare(name: str, console: Console, force: bool = False) -> None:
+    """Prepares a named model with a progress bar on `console`. Raises ModelError."""
+    columns = (
+        TextColumn("preparing {task.fields[model]}"),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None, model=name)
+        library.prepare(
+            name,
+            lambda done, total, what: progress.update(task, completed=done, total=total or None, description=what),
+            force,
+        )
+
+
+class _Quit:
+    """Counts SIGINT and SIGTERM. They only leave their mark, so nothing is cut off in the middle of starting or
+    stopping workers: the main thread looks at `count` between short waits."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def listen(self) -> None:
+        """Takes the signals from whoever handles them now. Main thread only."""
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.count += 1
+
+
+@contextmanager
+def _signals() -> Iterator[_Quit]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    quitting = _Quit()
+    quitting.listen()
+    try:
+        yield quitting
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _until_ready(cluster: Cluster, quitting: _Quit, console: Console) -> bool:
+    """False when a signal came first."""
+    with console.status("starting") as status:
+        while not cluster.wait_ready(TICK_S):
+            if quitting.count:
+                return False
+            status.update(_progress(cluster.view()))
+    return True
+
+
+def _progress(view: ClusterView) -> str:
+    ready = sum(worker.state == "ready" for worker in view.workers)
+    return f"starting {view.topology} of {view.model}: {ready} of {len(view.workers)} workers ready"
+
+
+def _run(server: Any, drain_s: float, quitting: _Quit) -> None:
+    """Runs the router until a signal, then lets it drain; a second signal, or a router that does not come to an end,
+    cuts that short. The router has a thread of its own so that nothing in it can keep the workers alive."""
+    ended: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(server.run())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=run, name="router", daemon=True).start()
+    while not ended.done() and not quitting.count:
+        wait([ended], TICK_S)
+    server.stop()
+    patience = time.monotonic() + drain_s + DRAIN_MARGIN_S
+    while not ended.done() and quitting.count < 2 and time.monotonic() < patience:
+        wait([ended], TICK_S)
+    if ended.done():
+        ended.result()
+    else:
+        log.warning("the router was cut off before it had drained")
+
+
+def _router_settings(router: Any, deployment: Deployment, files: library.ModelFiles, spec: ModelSpec) -> Any:
+    if files.tokenizer_json is None:
+        raise CheckpointError(f"{files.path} has no tokenizer.json, which the router needs to read prompts")
+    wanted = deployment.attention.max_context
+    return router.RouterSettings(
+        model_name=files.name,
+        max_context=spec.max_context if wanted == "auto" else min(wanted, spec.max_context),
+        vocab_size=spec.vocab,
+        tokenizer_json=files.tokenizer_json,
+        tokenizer_config=files.tokenizer_config,
+        generation_config=files.generation_config,
+        drain_s=deployment.router.drain_s,
+        deadline_s=deployment.transport.deadline_s + 30.0,  # the workers' own deadline runs out first and says more
+    )
+
+
+def _announce(deployment: Deployment, model: str, url: str) -> None:
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    print(f"{model} ({deployment.topology}) is served at {url}/v1 ; Ctrl-C ends it. Try:")
+    print(f"  afd chat --url {url}")
+    print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)

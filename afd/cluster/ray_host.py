@@ -1,0 +1,235 @@
+"""Workers as Ray actors, and the cluster whose controller is one too. Ray carries calls, never activations.
+
+`cluster` starts a Ray of its own in a temporary folder, or joins the one at RAY_ADDRESS. Either way the run has its
+own namespace, and ends only the actors it started.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+# Ray reads these while it is imported. Its own defaults report usage over the network, colour and merge log lines, and
+# give actors a lower priority than everything else on the machine.
+# ruff: noqa: E402
+for _name in (
+    "RAY_USAGE_STATS_ENABLED",
+    "RAY_DEDUP_LOGS",
+    "RAY_COLOR_PREFIX",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    "RAY_worker_niceness",
+):
+    os.environ.setdefault(_name, "0")
+
+import ray
+from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
+
+from afd import env
+from afd import log as logs
+from afd.cluster.controller import Controller, new_epoch
+from afd.cluster.host import Handle, Host, settle, this_node
+from afd.cluster.placement import demand, shortage
+from afd.cluster.roles import Roles
+from afd.cluster.servant import Outcome, Servant
+from afd.config import Deployment, Resources
+from afd.errors import ClusterError
+from afd.types import ClusterView
+
+log = logging.getLogger(__name__)
+
+CALLS_AT_ONCE = 8  # start or stop may take long; status must get through meanwhile
+OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; calls here are a few hundred bytes
+END_S = 3.0  # for a killed actor to be gone
+ASK_S = 10.0  # longest wait for the controller's answer
+VIEW_AGE_S = 0.1  # a view younger than this is not asked for again
+
+
+class RayServant(Servant):
+    """A Servant that is a whole Ray actor: with its own log, and its name in front of what Ray prints of it."""
+
+    def __init__(self, name: str, role: str, args: tuple[object, ...]) -> None:
+        logs.setup(name)
+        super().__init__(name, role, args)
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def identity(self) -> tuple[int, str]:
+        """The process id and the machine's name."""
+        return os.getpid(), this_node()
+
+
+class RayHandle(Handle):
+    """An actor. `pid` and `node` become known once Ray has placed it."""
+
+    def __init__(self, name: str, actor: Any) -> None:
+        self.name = name
+        self._actor = actor
+        actor.identity.remote().future().add_done_callback(self._placed)
+
+    def submit(self, method: str, *args: object) -> Future[Any]:
+        future: Future[Any] = Future()
+        answer = self._actor.call.remote(method, args).future()
+        answer.add_done_callback(lambda done: settle(future, self._outcome(done)))
+        return future
+
+    def kill(self) -> None:
+        ray.kill(self._actor)
+        with suppress(FutureTimeout):  # it fails as soon as Ray knows that the actor is gone
+            self._actor.identity.remote().future().exception(END_S)
+
+    def _placed(self, done: Future[Any]) -> None:
+        if done.exception() is None:
+            self.pid, self.node = done.result()
+
+    def _outcome(self, done: Future[Any]) -> Outcome:
+        error = done.exception()
+        if error is None:
+            outcome: Outcome = done.result()
+            return outcome
+        who = f"{self.name} (pid {self.pid} on {self.node})" if self.pid else self.name
+        if isinstance(error, OutOfMemoryError):
+            return None, ClusterError(f"{who} was killed by Ray for want of memory")
+        if isinstance(error, ActorDiedError):
+            return None, ClusterError(f"{who} exited: it crashed, or was killed by somebody or for want of memory")
+        return None, ClusterError(f"{who} cannot be reached through Ray: {' '.join(str(error).split())[:300]}")
+
+
+class RayHost(Host):
+    """Starts workers as actors. Holds nothing, so that it can be sent to the controller's own actor."""
+
+    def spawn(self, name: str, role: str, args: tuple[object, ...], resources: Resources) -> Handle:
+        actor = ray.remote(RayServant).options(
+            num_cpus=resources.num_cpus,
+            num_gpus=resources.num_gpus,
+            accelerator_type=resources.accelerator_type,
+            resources=resources.custom,
+            max_concurrency=CALLS_AT_ONCE,
+            max_restarts=0,
+        )
+        return RayHandle(name, actor.remote(name, role, args))
+
+    def workers_on_host(self, workers: int) -> int:
+        return math.ceil(workers / sum(1 for node in ray.nodes() if node["Alive"]))
+
+    def close(self) -> None:
+        pass
+
+
+class RayController(Controller):
+    """The controller as an actor builds it: running from the first call."""
+
+    def __init__(self, deployment: Deployment, roles: Roles, epoch: int) -> None:
+        super().__init__(deployment, RayHost(), roles, epoch)
+        self.begin()
+
+
+class RayCluster:
+    """The driver's end of the controller actor (afd.cluster.controller.Cluster)."""
+
+    def __init__(self, deployment: Deployment, roles: Roles) -> None:
+        epoch = new_epoch()
+        path = f"{RayController.__module__}:{RayController.__name__}"
+        nothing = Resources(num_cpus=0)
+        self._controller = RayHost().spawn("controller", path, (deployment, roles, epoch), nothing)
+        self._view = ClusterView(epoch, deployment.model, deployment.topology)
+        self._view_at = -math.inf
+        self._asking = threading.Lock()
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """See Cluster."""
+        ready: bool = self._controller.call("wait_ready", timeout_s, timeout_s=timeout_s + ASK_S)
+        return ready
+
+    def view(self) -> ClusterView:
+        """See Cluster. When the controller is gone, so are its actors: all are shown as lost."""
+        with self._asking:
+            if time.monotonic() - self._view_at > VIEW_AGE_S:
+                try:
+                    self._view = self._controller.call("view", timeout_s=ASK_S)
+                except ClusterError as error:
+                    lost = tuple(replace(w, state="lost", message=str(error)) for w in self._view.workers)
+                    self._view = replace(self._view, workers=lost)
+                self._view_at = time.monotonic()
+            return self._view
+
+    def stop(self, drain_s: float) -> None:
+        """See Cluster."""
+        try:
+            self._controller.call("stop", drain_s, timeout_s=drain_s + ASK_S)
+        except ClusterError as error:
+            log.warning("the controller did not stop the workers (%s); Ray ends them", error)
+        self._controller.kill()
+
+
+@contextmanager
+def cluster(deployment: Deployment, roles: Roles = Roles()) -> Iterator[RayCluster]:  # noqa: B008
+    """A running cluster on Ray. Yields at once; on the way out every actor is ended, and a Ray of our own removed.
+
+    Call it from a thread that outlives the cluster: the kernel ends Ray's processes with the thread that started them.
+    Raises ClusterError when Ray cannot start or be joined, or when a Ray of our own cannot hold the deployment.
+    """
+    with _session(deployment):
+        running = RayCluster(deployment, roles)
+        try:
+            yield running
+        finally:
+            running.stop(0.0)
+
+
+@contextmanager
+def _session(deployment: Deployment) -> Iterator[None]:
+    """Ray, initialised for this process: the cluster at RAY_ADDRESS, or one that lives as long as the block."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    # A short path: Ray puts sockets deep below it, and the kernel takes 107 characters.
+    folder = "" if address else tempfile.mkdtemp(prefix="afd-ray-", dir="/tmp")
+    try:
+        try:
+            _join(address) if address else _start(deployment, folder)
+        except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
+            what = f"the Ray cluster at RAY_ADDRESS={address} cannot be joined" if address else "Ray cannot start"
+            raise ClusterError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+        short = shortage(deployment, ray.cluster_resources())
+        if short and not address:
+            raise ClusterError(short)
+        if short:
+            log.warning("%s; waiting for the Ray cluster to grow, for at most cluster.start_s", short)
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(deployment: Deployment, folder: str) -> None:
+    """A Ray on this machine alone, with as many logical CPUs as the workers reserve, whatever the machine has."""
+    ray.init(
+        address="local",
+        num_cpus=math.ceil(demand(deployment).get("CPU", 0.0)) or 1,
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        logging_level=logging.ERROR,
+        namespace=f"afd-{new_epoch()}",
+        _temp_dir=folder,
+    )
+
+
+def _join(address: str) -> None:
+    settings = {name: os.environ[name] for name in env.KNOWN if name in os.environ}
+    ray.init(
+        address=address,
+        logging_level=logging.ERROR,
+        namespace=f"afd-{new_epoch()}",
+        runtime_env={"env_vars": settings},
+    )

@@ -1,0 +1,60 @@
+"""The one list of what runs in the cluster, by name, and what each must offer.
+
+Nothing in afd imports a role package (the layers run roles → afd), so roles are named by strings and imported where
+they run: in the worker's own process, which is also the only one that should pay for loading torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from afd.types import FfnAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Roles:
+    """Import paths: `module:Class` of the two workers, and the router's module."""
+
+    attention: str = "attention_worker.actor:AttentionWorker"
+    ffn: str = "ffn_worker.actor:FfnWorker"
+    router: str = "router.app"
+
+
+class FfnRole(Protocol):
+    """What an FFN worker offers; built with (deployment, ffn_rank, epoch, workers_on_host)."""
+
+    def start(self) -> FfnAddress:
+        """Loads weights, listens, starts its loop. Any thread; takes as long as loading does."""
+
+    def status(self) -> dict[str, object]:
+        """{"state": "ready" | "draining" | "lost", "message": one sentence when lost, ...counters}. Never blocks."""
+
+    def stop(self) -> None:
+        """Ends the loop and closes every link. Legal in any state."""
+
+
+class AttentionRole(Protocol):
+    """What an attention worker offers; built with (deployment, attention_rank, epoch, workers_on_host)."""
+
+    def start(self) -> str:
+        """Loads weights and serves requests at the returned host:port."""
+
+    def connect(self, ffn: Sequence[FfnAddress]) -> None:
+        """Shakes hands with every FFN worker, then starts the engine."""
+
+    def status(self) -> dict[str, object]:
+        """As an FFN worker's."""
+
+    def stop(self, drain_s: float) -> None:
+        """Lets running requests finish for at most `drain_s` seconds, tells the others, ends. Legal in any state,
+        before `connect` too."""
+
+
+def load(path: str) -> Any:
+    """The module `package.module`, or the object `package.module:Name`."""
+    module, _, name = path.partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, name) if name else loaded

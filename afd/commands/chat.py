@@ -1,0 +1,80 @@
+"""`afd chat`: one question, or a conversation, with answers printed as they come."""
+
+from __future__ import annotations
+
+import json
+import readline  # noqa: F401 (gives input() line editing and history)
+import sys
+from collections.abc import Iterator
+
+import httpx
+
+from afd.commands.http import check, client
+from afd.errors import AfdError, Unavailable
+
+Message = dict[str, str]
+
+
+def chat(prompt: str | None, url: str) -> None:
+    """Asks `prompt` and returns; without one, talks until end of input. Raises RequestError, Unavailable."""
+    with client(url) as session:
+        model = str(check(session.get("/v1/models")).json()["data"][0]["id"])
+        if prompt is not None:
+            _answer(session, model, [{"role": "user", "content": prompt}])
+        else:
+            _converse(session, model)
+
+
+def _converse(session: httpx.Client, model: str) -> None:
+    """The history is what was said; a question that failed or was interrupted is taken back."""
+    print(f"talking to {model}; Ctrl-C interrupts an answer, Ctrl-D ends", file=sys.stderr)
+    history: list[Message] = []
+    while (line := _ask()) is not None:
+        if not line.strip():
+            continue
+        history.append({"role": "user", "content": line})
+        try:
+            history.append({"role": "assistant", "content": _answer(session, model, history)})
+        except KeyboardInterrupt:
+            print()
+            history.pop()
+        except AfdError as error:
+            print(f"error: {error}", file=sys.stderr)
+            history.pop()
+
+
+def _ask() -> str | None:
+    """The next line; None at the end of input, or at Ctrl-C on the prompt."""
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return None
+
+
+def _answer(session: httpx.Client, model: str, messages: list[Message]) -> str:
+    """Prints the answer as it streams in, and returns it."""
+    text = ""
+    body = {"model": model, "messages": messages, "stream": True}
+    with session.stream("POST", "/v1/chat/completions", json=body) as response:
+        for piece in _pieces(check(response)):
+            print(piece, end="", flush=True)
+            text += piece
+    print()
+    return text
+
+
+def _pieces(response: httpx.Response) -> Iterator[str]:
+    """The text in each server-sent event. Raises Unavailable for an error event, or a stream that just stops."""
+    for line in response.iter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line.removeprefix("data:").strip()
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise Unavailable(str(event["error"]["message"]))
+        for choice in event["choices"]:
+            yield choice["delta"].get("content") or ""
+    raise Unavailable("the server ended the answer in the middle")

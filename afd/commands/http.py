@@ -1,0 +1,40 @@
+"""Requests to a running router, with its refusals and silences as errors of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from afd.errors import RequestError, Unavailable
+
+CONNECT_S = 5.0
+SILENCE_S = 300.0  # longest wait for the next byte: a prompt may queue behind others
+
+
+@contextmanager
+def client(url: str) -> Iterator[httpx.Client]:
+    """A client for the router at `url`. Inside, httpx errors become Unavailable."""
+    timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
+    try:
+        with httpx.Client(base_url=url, timeout=timeout) as session:
+            yield session
+    except httpx.ConnectError as error:
+        raise Unavailable(f"nothing answers at {url}; start `afd serve`, or say where with --url") from error
+    except httpx.TimeoutException as error:
+        raise Unavailable(f"{url} did not answer within {SILENCE_S:g} s") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unavailable(f"{url}: {error}") from error
+
+
+def check(response: httpx.Response) -> httpx.Response:
+    """The response if it is a success; else raises RequestError with the router's own sentence."""
+    if response.is_success:
+        return response
+    response.read()
+    try:
+        sentence = str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        sentence = response.text.strip()[:200] or response.reason_phrase
+    raise RequestError(f"{sentence} (HTTP {response.status_code})", status=response.status_code)
