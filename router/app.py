@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import socket
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
@@ -25,6 +24,7 @@ __all__ = ["RouterSettings", "Server", "bind", "create_app", "serve"]
 
 log = logging.getLogger(__name__)
 
+_KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that none is closed just as it is used again
 _CLOSE_S = 2  # longest wait for connections to close once their requests have ended
 
 
@@ -134,7 +134,7 @@ class Server:
         self._app = create_app(settings, watch)
         self._sock = sock
         self._on_ready = on_ready
-        self._stop_wanted = threading.Event()
+        self._stop_wanted = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Event | None = None
 
@@ -148,12 +148,15 @@ class Server:
     def run(self) -> None:
         """Serves until `stop`; then drains and returns. Raises ClusterError when the server cannot start."""
         with contextlib.closing(self._sock):
-            asyncio.run(self._serve())
+            try:
+                asyncio.run(self._serve())
+            except SystemExit as error:  # uvicorn's way to say that the application did not start
+                raise ClusterError(f"the HTTP server on {self.url} could not start; its log says why") from error
 
     def stop(self) -> None:
         """New requests get 503; those in flight may finish for drain_s seconds and are told after that; then `run`
         returns. Idempotent, does not wait."""
-        self._stop_wanted.set()
+        self._stop_wanted = True  # no lock: a signal handler may interrupt another call of this
         loop, stopping = self._loop, self._stopping
         if loop is not None and stopping is not None:
             with contextlib.suppress(RuntimeError):  # the loop has closed: `run` has returned
@@ -162,11 +165,17 @@ class Server:
     async def _serve(self) -> None:
         self._stopping = asyncio.Event()
         self._loop = asyncio.get_running_loop()
-        if self._stop_wanted.is_set():
+        if self._stop_wanted:
             return
         url = self.url
         config = uvicorn.Config(
-            self._app, log_config=None, access_log=False, ws="none", lifespan="on", timeout_graceful_shutdown=_CLOSE_S
+            self._app,
+            log_config=None,
+            access_log=False,
+            ws="none",
+            lifespan="on",
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_S,
         )
         server = _Uvicorn(config)
         serving = asyncio.create_task(server.serve([self._sock]))
@@ -183,7 +192,7 @@ class Server:
                 wait.cancel()
             try:
                 await serving
-            except (OSError, SystemExit) as error:
+            except OSError as error:
                 raise ClusterError(
                     f"the HTTP server on {url} stopped: {error}; choose another router.port (--port) if it is taken"
                 ) from error

@@ -72,20 +72,21 @@ class Stream:
 
     def submit(self, choices: Sequence[Choice], pool: Pool) -> None:
         """Raises Unavailable. What was submitted before that is running, and `cancel` ends it."""
-        self._metrics.prompt_tokens.inc(self._job.num_prompt_tokens)
         for choice in choices:
             client = pool.submit(choice.request, self._inbox)
             self._running[choice.request.request_id] = (choice, client)
+        self._metrics.prompt_tokens.inc(self._job.num_prompt_tokens)
 
     async def next(self) -> list[Delta]:
         """What came since the last call, in order; [] when every choice has ended.
 
         Raises RequestError or Unavailable when a worker refuses, fails or is lost.
         """
-        if not self._running:
-            return []
-        outputs = await self._inbox.take()
-        return [self._accept(output) for output in outputs if output.request_id in self._running]
+        deltas: list[Delta] = []
+        while self._running and not deltas:  # what a choice sent before it learned of its stop string is no delta
+            outputs = await self._inbox.take()
+            deltas = [self._accept(output) for output in outputs if output.request_id in self._running]
+        return deltas
 
     def cancel(self) -> None:
         """Ends at the workers what has not ended by itself."""

@@ -180,7 +180,7 @@ def cluster(deployment: Deployment, roles: Roles = Roles()) -> Iterator[RayClust
     Call it from a thread that outlives the cluster: the kernel ends Ray's processes with the thread that started them.
     Raises ClusterError when Ray cannot start or be joined, or when a Ray of our own cannot hold the deployment.
     """
-    with _session(deployment):
+    with session(deployment):
         running = RayCluster(deployment, roles)
         try:
             yield running
@@ -189,8 +189,9 @@ def cluster(deployment: Deployment, roles: Roles = Roles()) -> Iterator[RayClust
 
 
 @contextmanager
-def _session(deployment: Deployment) -> Iterator[None]:
-    """Ray, initialised for this process: the cluster at RAY_ADDRESS, or one that lives as long as the block."""
+def session(deployment: Deployment) -> Iterator[None]:
+    """Ray, initialised for this process: the cluster at RAY_ADDRESS, or one that lives as long as the block and is big
+    enough for `deployment`. Raises ClusterError as `cluster` does."""
     address = os.environ.get("RAY_ADDRESS", "")
     # A short path: Ray puts sockets deep below it, and the kernel takes 107 characters.
     folder = "" if address else tempfile.mkdtemp(prefix="afd-ray-", dir="/tmp")

@@ -15,17 +15,17 @@ from afd.errors import AfdError, Unavailable
 Message = dict[str, str]
 
 
-def chat(prompt: str | None, url: str) -> None:
+def chat(prompt: str | None, url: str, temperature: float) -> None:
     """Asks `prompt` and returns; without one, talks until end of input. Raises RequestError, Unavailable."""
     with client(url) as session:
         model = str(check(session.get("/v1/models")).json()["data"][0]["id"])
         if prompt is not None:
-            _answer(session, model, [{"role": "user", "content": prompt}])
+            _answer(session, model, temperature, [{"role": "user", "content": prompt}])
         else:
-            _converse(session, model)
+            _converse(session, model, temperature)
 
 
-def _converse(session: httpx.Client, model: str) -> None:
+def _converse(session: httpx.Client, model: str, temperature: float) -> None:
     """The history is what was said; a question that failed or was interrupted is taken back."""
     print(f"talking to {model}; Ctrl-C interrupts an answer, Ctrl-D ends", file=sys.stderr)
     history: list[Message] = []
@@ -34,7 +34,7 @@ def _converse(session: httpx.Client, model: str) -> None:
             continue
         history.append({"role": "user", "content": line})
         try:
-            history.append({"role": "assistant", "content": _answer(session, model, history)})
+            history.append({"role": "assistant", "content": _answer(session, model, temperature, history)})
         except KeyboardInterrupt:
             print()
             history.pop()
@@ -52,10 +52,10 @@ def _ask() -> str | None:
         return None
 
 
-def _answer(session: httpx.Client, model: str, messages: list[Message]) -> str:
+def _answer(session: httpx.Client, model: str, temperature: float, messages: list[Message]) -> str:
     """Prints the answer as it streams in, and returns it."""
     text = ""
-    body = {"model": model, "messages": messages, "stream": True}
+    body = {"model": model, "messages": messages, "temperature": temperature, "stream": True}
     with session.stream("POST", "/v1/chat/completions", json=body) as response:
         for piece in _pieces(check(response)):
             print(piece, end="", flush=True)

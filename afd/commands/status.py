@@ -11,6 +11,7 @@ from rich.table import Table
 from afd.commands.http import check, client
 
 COLOURS = {"ready": "green", "lost": "red"}
+COUNTERS = ("running", "waiting", "blocks_used", "blocks_total", "generated_tokens")
 
 
 def status(url: str, as_json: bool) -> None:
@@ -28,9 +29,13 @@ def status(url: str, as_json: bool) -> None:
 
 
 def _table(workers: list[dict[str, Any]]) -> Table:
-    table = Table("worker", "state", "pid", "node", "address", "status")
+    table = Table()
+    for heading in ("worker", "state", "pid", "node", "address"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("status")
     for worker in workers:
-        counters = " ".join(f"{k}={v}" for k, v in (worker.get("status") or {}).items())
+        status = worker.get("status") or {}
+        counters = ", ".join(f"{k} {v}" for k, v in status.items() if k in COUNTERS)
         table.add_row(
             f"{worker['role']}_rank {worker['rank']}",
             f"[{COLOURS.get(worker['state'], 'yellow')}]{worker['state']}",

@@ -16,6 +16,11 @@ from tests.equivalence.checkpoints import MODELS, ffn_half, random_weights
 CUTS = [(1, 1), (2, 1), (3, 1), (6, 1), (1, 2), (1, 3), (2, 2), (2, 3), (3, 2)]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 def routing_of(spec: ModelSpec, tokens: int, kind: str) -> Routing | None:
     if kind == "dense":
         return None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import queue
+import signal
 import socket
 import threading
 import time
@@ -15,7 +17,7 @@ import openai
 import pytest
 from scripted_worker import Say, ScriptedWorker, cluster, endless, silent
 
-from afd.errors import ConfigError
+from afd.errors import ClusterError, ConfigError
 from afd.types import Role, WorkerView
 from router.app import Server, bind
 
@@ -234,6 +236,30 @@ def test_stop_before_run_means_run_returns_at_once(settings, worker):
     server = Server(settings, lambda: cluster(worker.view()), bind("127.0.0.1", 0))
     server.stop()
     server.run()
+
+
+def test_stop_may_come_from_a_signal_handler_of_the_thread_that_serves(settings, worker):
+    def kick(url: str) -> None:
+        assert httpx.get(f"{url}/health").status_code == 200
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    ready = lambda url: threading.Thread(target=kick, args=(url,), daemon=True).start()  # noqa: E731
+    server = Server(settings, lambda: cluster(worker.view()), bind("127.0.0.1", 0), on_ready=ready)
+    before = signal.signal(signal.SIGUSR1, lambda *_: server.stop())
+    try:
+        server.run()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_a_port_taken_between_bind_and_run_is_refused_too(start, settings, worker):
+    first, second = bind("127.0.0.1", 0), None
+    port = first.getsockname()[1]
+    second = bind("127.0.0.1", port)  # neither listens yet
+    with first:
+        first.listen()
+        with pytest.raises(ClusterError, match=rf"{port}.*router\.port"):
+            Server(settings, lambda: cluster(worker.view()), second).run()
 
 
 def test_a_taken_port_is_refused_before_anything_starts():

@@ -21,5 +21,5 @@ def test_round_robin_takes_each_in_turn_and_skips_who_is_gone():
 
 
 def test_an_unknown_policy_is_refused_with_the_choices():
-    with pytest.raises(ConfigError, match="'best'.*least_loaded, round_robin"):
+    with pytest.raises(ConfigError, match=r"'best'.*least_loaded, round_robin"):
         create("best")

@@ -1,0 +1,53 @@
+"""A small random checkpoint that `afd serve` takes: config, weights, a byte-level tokenizer and a chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from afd import spec as specs
+from afd.models import registry
+from afd.weights import dummy
+
+EOS = "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+)
+CONFIG: dict[str, object] = {
+    "model_type": "step3_text",
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "vocab_size": 260,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 256,
+    "num_attention_heads": 4,
+    "head_dim": 32,
+    "share_q_dim": 48,
+    "num_attention_groups": 1,
+    "intermediate_size": 96,
+    "moe_num_experts": 8,
+    "moe_top_k": 2,
+    "moe_intermediate_size": 40,
+    "share_expert_dim": 24,
+    "norm_expert_weight": True,
+    "moe_layers_enum": "1",
+    "rope_theta": 10000.0,
+    "max_position_embedding": 1024,
+}
+
+
+def write(folder: Path, seed: int = 0, **changes: object) -> Path:
+    """The checkpoint as a Hugging Face folder."""
+    config = CONFIG | changes
+    spec = specs.from_config(config)
+    dummy.write_checkpoint(folder, config, registry.family(spec.family).tensors(spec), seed)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([EOS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE, "eos_token": EOS}))
+    return folder
