@@ -7,6 +7,7 @@ batch, or on another worker. Log-probabilities are of the model's own distributi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -44,14 +45,16 @@ class Sampler:
         sampling = sequence.request.sampling
         generated = sequence.token_ids[len(sequence.request.prompt_token_ids) :]
         if sampling.repetition_penalty != 1.0:
-            ids = torch.tensor(sequence.token_ids, device=row.device).unique()
+            ids = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
             values = row[ids]
             row[ids] = torch.where(
                 values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
             )
         if generated and (sampling.frequency_penalty or sampling.presence_penalty):
-            ids, counts = torch.tensor(generated, device=row.device).unique(return_counts=True)
-            row[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
+            counts = Counter(generated)
+            ids = torch.tensor(list(counts), device=row.device)
+            times = torch.tensor(list(counts.values()), device=row.device)
+            row[ids] -= sampling.frequency_penalty * times + sampling.presence_penalty
         if sequence.num_generated < sampling.min_tokens:
             held_back = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)]
             if held_back:
@@ -82,7 +85,10 @@ def _needs_ranks(sampling: SamplingParams) -> bool:
 def _draw(logits: Tensor, sequences: Seq[Sequence], sort: bool) -> list[int]:
     """Samples one token id a row of [rows, vocab] by inverting the cumulative distribution at `uniform`."""
     params = [s.request.sampling for s in sequences]
-    column = lambda values: torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)  # noqa: E731
+
+    def column(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits.device).unsqueeze(1)
+
     probs = torch.softmax(logits / column([max(p.temperature, 1e-5) for p in params]), dim=-1)
     order: Tensor | None = None
     if sort:

@@ -71,7 +71,7 @@ class Service:
 
     async def _start(self) -> str:
         self._server = grpc.aio.server()
-        pb_grpc.add_AttentionServicer_to_server(_Servicer(self), self._server)
+        pb_grpc.add_AttentionServicer_to_server(_Servicer(self), self._server)  # type: ignore[no-untyped-call]
         try:
             port = self._server.add_insecure_port(f"{self._bind}:0")
         except RuntimeError as error:
@@ -135,7 +135,7 @@ class Service:
         return self._status()
 
 
-class _Servicer(pb_grpc.AttentionServicer):  # type: ignore[misc]
+class _Servicer(pb_grpc.AttentionServicer):
     """gRPC's names for the above. grpc.aio tells a streaming handler by its being an async generator itself."""
 
     def __init__(self, service: Service) -> None:

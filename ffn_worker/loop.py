@@ -104,7 +104,7 @@ class FfnLoop:
         partial = self.ffn.layer(frames[0].layer, y, routing)
         if partial is None:
             return [None] * len(frames)
-        return partial.split([frame.num_tokens for frame in frames])
+        return torch.split(partial, [frame.num_tokens for frame in frames])
 
     def _join(self, parts: Sequence[Tensor | None]) -> Tensor | None:
         here = [part.to(self.device) for part in parts if part is not None]

@@ -21,6 +21,7 @@ from router.policy import Load, Policy
 log = logging.getLogger(__name__)
 
 _STATUS_S = 1.0  # longest wait for a worker's status where somebody waits for the answer
+_RECONNECT_S = 1.0  # between a connection that broke and the next one to the same address
 
 
 @dataclass(slots=True)
@@ -50,6 +51,7 @@ class Pool:
         self._connect_s = connect_s
         self._poll_s = poll_s
         self._links: dict[int, Link] = {}  # by attention_rank
+        self._broken: dict[str, float] = {}  # address: loop time at which its last connection ended
         self._wake = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
         self._reconciler: asyncio.Task[None] | None = None
@@ -134,7 +136,7 @@ class Pool:
             if link is not None:
                 link.worker = worker
                 self._check_progress(link)
-            elif worker.state == "ready" and worker.address:
+            elif worker.state == "ready" and worker.address and not self._just_broken(worker.address):
                 self._links[attention_rank] = link = Link(worker)
                 link.task = asyncio.create_task(self._connect(link))
 
@@ -144,8 +146,14 @@ class Pool:
         broken = link.client.lost != "" if link.client is not None else link.task is None or link.task.done()
         return broken or worker.state in ("starting", "lost") or worker.address != link.worker.address
 
+    def _just_broken(self, address: str) -> bool:
+        """Whether to wait with connecting again: a worker that ends every stream must not keep the router busy."""
+        return asyncio.get_running_loop().time() < self._broken.get(address, float("-inf")) + _RECONNECT_S
+
     def _drop(self, attention_rank: int, why: str) -> None:
         link = self._links.pop(attention_rank)
+        now = asyncio.get_running_loop().time()
+        self._broken = {a: at for a, at in self._broken.items() if at + _RECONNECT_S > now} | {link.worker.address: now}
         if link.client is not None:
             link.client.fail(why)
         self._spawn_closing(self._close_link(link))

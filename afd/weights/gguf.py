@@ -113,6 +113,10 @@ class GgufFile:
             elif part in _LAYER_NAMES:
                 heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}.get(part)
                 rope_heads = self.integer(heads) if llama and heads else 0
+                if rope_heads and tensor.shape[0] % (2 * rope_heads):
+                    raise CheckpointError(
+                        f"{self.path}: the {tensor.shape[0]} rows of {name} are not {rope_heads} heads"
+                    )
                 found[f"model.layers.{layer}.{_LAYER_NAMES[part]}.weight"] = HfTensor(tensor, rope_heads=rope_heads)
             else:
                 found[_TOP_NAMES.get(name, name)] = HfTensor(tensor)
@@ -190,10 +194,10 @@ class GgufFile:
         return {name: token_id for name, token_id in ids.items() if token_id is not None}
 
     def integer(self, key: str, default: int | None = None) -> int:
-        """Metadata `<architecture>.<key>`. Raises CheckpointError when it is missing and has no default."""
+        """Metadata `<architecture>.<key>`, 1 or more. Raises CheckpointError when it is missing and has no default."""
         value = self.metadata.get(f"{self.architecture}.{key}", default)
-        if not isinstance(value, int):
-            raise CheckpointError(f"{self.path}: metadata {self.architecture}.{key} is {value!r}, not a whole number")
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{self.path}: metadata {self.architecture}.{key} is {value!r}, not 1, 2, 3, ...")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -34,8 +34,8 @@ def _gpt2() -> PreTokenizer:
 
 
 def _smollm() -> PreTokenizer:
-    # Digits come off first, so that "  7" is two spaces and a 7. (transformers' own reading of a GGUF leaves this step
-    # out and gives a space, a space and a 7: not the tokens the model was trained on.)
+    # Digits come off first, so that "  7" is two spaces and a 7, and " ½" a space and a ½. (transformers' own reading
+    # of a GGUF leaves this step out and gives space, space, 7 and a "Ġ½": not the tokens the model was trained on.)
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 

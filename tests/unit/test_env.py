@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from afd import env
+from afd.errors import ConfigError
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert env.read({}) == env.Environment(cache=Path.home() / ".cache" / "afd", log_level="info")
+
+
+def test_known_variables_are_read_and_others_without_the_prefix_ignored() -> None:
+    read = env.read({"AFD_CACHE": "~/models", "AFD_LOG": "DEBUG", "PATH": "/bin"})
+    assert read == env.Environment(cache=Path.home() / "models", log_level="debug")
+
+
+def test_an_unknown_variable_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown environment variable AFD_LOGS; known are AFD_CACHE, AFD_LOG"):
+        env.read({"AFD_LOGS": "debug"})
+
+
+def test_a_bad_value_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match="AFD_LOG is 'loud'; choose one of debug, info, warning, error"):
+        env.read({"AFD_LOG": "loud"})
