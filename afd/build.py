@@ -21,9 +21,7 @@ from afd.transport.base import Hello
 from afd.types import DType, Role
 from afd.weights import library
 from afd.weights.checkpoint import open_checkpoint
-from afd.weights.load import load, resolve_device, resolve_dtype
-
-TORCH_DTYPES = {DType.FP32: torch.float32, DType.BF16: torch.bfloat16}
+from afd.weights.load import TORCH_DTYPES, load, resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)
@@ -39,10 +37,14 @@ class Plan:
     shards: tuple[FfnShard, ...]
     model_digest: str
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
     def weights(self, role: Role, shard: FfnShard | None = None) -> dict[str, Tensor]:
         """Reads one role's tensors, and of them only `shard`'s part. Raises CheckpointError."""
-        checkpoint = open_checkpoint(self.files.path)
-        return load(checkpoint, self.family.tensors(self.spec), role, shard, self.dtype, self.device)
+        with open_checkpoint(self.files.path) as checkpoint:
+            return load(checkpoint, self.family.tensors(self.spec), role, shard, self.dtype, self.device)
 
     def hello(self, epoch: int, attention_rank: int, ffn_rank: int) -> Hello:
         """What both sides of a link must agree on."""

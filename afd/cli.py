@@ -77,7 +77,7 @@ def serve(
 def chat(
     prompt: Annotated[Text, typer.Argument(help="Asks this and ends; without it, talks until Ctrl-D.")] = None,
     url: Url = DEFAULT_URL,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; small models ramble at 1.")] = 0.2,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; small models ramble above.")] = 0.0,
 ) -> None:
     """Talks to a running server; answers stream to the terminal."""
     from afd.commands import chat as command

@@ -134,8 +134,8 @@ class AttentionWorker:
                     f"and the KV cache holds {num_blocks * settings.block_size} (attention.kv_cache_gib)"
                 )
             max_context = settings.max_context
-        dtype = build.TORCH_DTYPES[plan.dtype]
-        cache = KvCache(spec, num_blocks, settings.block_size, dtype, plan.device, kernels.kernel("batched"))
+        kernel = kernels.kernel("batched")
+        cache = KvCache(spec, num_blocks, settings.block_size, plan.torch_dtype, plan.device, kernel)
         scheduler = Scheduler(
             BlockManager(num_blocks, settings.block_size),
             microbatches=settings.microbatches,

@@ -56,7 +56,7 @@ class Microbatch:
     steps: int = 0
 
     def __post_init__(self) -> None:
-        self._coroutine = self._run()
+        self._coroutine = self.run()
 
     def resume(self, ffn_ranks: Seq[int]) -> Dispatch | None:
         """Goes on to the next dispatch, with the sum of the answers if it was waiting for them; None: nothing to do.
@@ -76,9 +76,10 @@ class Microbatch:
         self._coroutine.close()
         self.batch, self.dispatch, self.answers = None, None, {}
         self.steps += 1  # an answer to the dropped step can never be taken for one to the next
-        self._coroutine = self._run()
+        self._coroutine = self.run()
 
-    def _run(self) -> Coroutine:
+    def run(self) -> Coroutine:
+        """Step after step, for ever; `resume` drives it. Closing it drops the current step."""
         while True:
             self.batch = self.scheduler.schedule()
             if self.batch is None:

@@ -172,8 +172,8 @@ class GrpcListener(Listener):
     """A gRPC server; `address` is host:port with the real port."""
 
     def __init__(self, expected: Hello, bind: str) -> None:
+        host, port = _split(bind)
         self._expected = expected
-        self._accepted: Mailbox[Link] = Mailbox()
         handler = grpc.stream_stream_rpc_method_handler(self._exchange)
         service, method = _METHOD.lstrip("/").split("/")
         self._threads = ThreadPoolExecutor(_MAX_STREAMS, thread_name_prefix="afd-grpc")
@@ -187,14 +187,13 @@ class GrpcListener(Listener):
             ],
             maximum_concurrent_rpcs=_MAX_STREAMS,
         )
-        host, port = _split(bind)
         try:
             actual = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
-            self._accepted.close()
             raise TransportError(
                 f"ffn_rank {expected.ffn_rank} cannot listen on {bind} (transport.bind): {_reason(host, port)}"
             ) from error
+        self._accepted: Mailbox[Link] = Mailbox()
         self._server.start()
         self.address = f"{host}:{actual}"
 
@@ -277,7 +276,7 @@ def _split(bind: str) -> tuple[str, int]:
     """Host (an IPv6 address in brackets) and port, 0 when there is none."""
     bare = bind if bind.count(":") < 2 or bind.startswith("[") else f"[{bind}]"
     match = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+)(?::(\d{1,5}))?", bare)
-    if match is None:
+    if match is None or int(match[2] or 0) > 65535:
         raise TransportError(f"cannot listen on {bind!r} (transport.bind): give an address, or address:port")
     return match[1], int(match[2] or 0)
 

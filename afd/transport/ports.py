@@ -69,7 +69,7 @@ class _Port(ABC):
     @contextmanager
     def _mine(self) -> Iterator[None]:
         me = threading.get_ident()
-        assert self._owner in (None, me), "a port belongs to one thread; only wake and close are for others"
+        assert self._closed or self._owner in (None, me), "a port belongs to one thread; others may wake and close it"
         with self._turn:
             if self._closed:
                 raise TransportError("the port is closed")

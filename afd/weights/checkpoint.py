@@ -18,10 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from afd.errors import CheckpointError
-from afd.weights.gguf import GgufFile
+from afd.weights.gguf import GgufFile, Index
 from afd.weights.headers import TensorInfo, find, language_model_names, scan, total_bytes
 
-Index = tuple[slice, ...]
 log = logging.getLogger(__name__)
 
 

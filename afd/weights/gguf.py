@@ -112,7 +112,7 @@ class GgufFile:
                     found[hf] = HfTensor(tensor, expert=expert)
             elif part in _LAYER_NAMES:
                 heads = {"attn_q": "attention.head_count", "attn_k": "attention.head_count_kv"}.get(part)
-                rope_heads = self.integer(heads) if llama and heads else 0
+                rope_heads = self.integer(heads) if llama and heads and len(tensor.shape) == 2 else 0
                 if rope_heads and tensor.shape[0] % (2 * rope_heads):
                     raise CheckpointError(
                         f"{self.path}: the {tensor.shape[0]} rows of {name} are not {rope_heads} heads"

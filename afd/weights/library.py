@@ -111,10 +111,16 @@ def _cached_tokenizer(gguf: GgufFile) -> Path:
         digest = hashlib.sha256(file.read(gguf.header_bytes)).hexdigest()
     target = env.read().cache / "tokenizers" / f"{digest[:32]}.json"
     if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}")
-        gguf_tokenizer.build(gguf).save(str(unfinished))
-        unfinished.replace(target)
+        tokenizer = gguf_tokenizer.build(gguf).to_str()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = target.with_name(f"{target.name}.{os.getpid()}")
+            unfinished.write_text(tokenizer, encoding="utf-8")
+            unfinished.replace(target)
+        except OSError as error:
+            raise ModelError(
+                f"cannot write the tokenizer of {gguf.path} to {target}: {error}; AFD_CACHE moves it"
+            ) from error
     return target
 
 

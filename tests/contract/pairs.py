@@ -83,7 +83,12 @@ class FfnThread:
 
 
 def open_ffn(
-    kind: str, expected: Hello = HELLO, *, bind: str = "127.0.0.1", deadline_s: float = SOON_S, faults: Faults | None = None
+    kind: str,
+    expected: Hello = HELLO,
+    *,
+    bind: str = "127.0.0.1",
+    deadline_s: float = SOON_S,
+    faults: Faults | None = None,
 ) -> FfnPort:
     return listen(kind, expected, bind=bind, spin_us=20, deadline_s=deadline_s, faults=faults)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tests.contract.pairs import HELLO, attention, collect, ffn_worker, open_ffn, tokens
 
 from afd.errors import ConfigError, HandshakeRefused, TransportError
 from afd.transport.local import Faults
@@ -13,6 +12,7 @@ from afd.transport.ports import AttentionPort
 from afd.transport.registry import NAMES, host_key
 from afd.transport.shm import ShmLink
 from afd.types import FfnAddress
+from tests.contract.pairs import HELLO, attention, collect, ffn_worker, open_ffn, tokens
 
 
 def link_of(port: AttentionPort) -> str:
@@ -77,9 +77,9 @@ def test_shared_memory_to_another_host_is_refused_with_a_way_out() -> None:
 
 
 def test_an_ffn_rank_without_address_is_an_error_and_not_a_smaller_sum() -> None:
-    with ffn_worker("inproc", expected=replace(HELLO, ep=2)) as ffn:
-        with pytest.raises(TransportError, match=r"ffn_ranks \[0\]; EP 2 times TP 1 needs \[0, 1\]"):
-            attention("inproc", [ffn.port.address], replace(HELLO, ep=2)).__enter__()
+    said = r"ffn_ranks \[0\]; EP 2 times TP 1 needs \[0, 1\]"
+    with ffn_worker("inproc", expected=replace(HELLO, ep=2)) as ffn, pytest.raises(TransportError, match=said):
+        attention("inproc", [ffn.port.address], replace(HELLO, ep=2)).__enter__()
 
 
 def test_a_refusal_by_the_second_worker_closes_the_first() -> None:

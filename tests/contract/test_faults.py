@@ -6,10 +6,10 @@ import time
 
 import pytest
 import torch
-from tests.contract.pairs import HELLO, SOON_S, attention, collect, ffn_worker, tokens
 
 from afd.errors import PeerLost, PeerTimeout
 from afd.transport.local import Faults
+from tests.contract.pairs import HELLO, SOON_S, attention, collect, ffn_worker, tokens
 
 
 @pytest.mark.parametrize("reorder", [False, True])
@@ -37,11 +37,13 @@ def test_delay_is_not_paid_by_the_sender() -> None:
 
 
 def test_a_dropped_frame_ends_at_the_deadline() -> None:
-    with ffn_worker("inproc", faults=Faults(drop=1.0)) as ffn:
-        with attention("inproc", [ffn.port.address], deadline_s=0.1) as port:
-            port.dispatch(0, 0, 0, tokens(3), None, None)
-            with pytest.raises(PeerTimeout, match="ffn_rank 0 has not answered"):
-                port.collect(SOON_S)
+    with (
+        ffn_worker("inproc", faults=Faults(drop=1.0)) as ffn,
+        attention("inproc", [ffn.port.address], deadline_s=0.1) as port,
+    ):
+        port.dispatch(0, 0, 0, tokens(3), None, None)
+        with pytest.raises(PeerTimeout, match="ffn_rank 0 has not answered"):
+            port.collect(SOON_S)
 
 
 def test_some_frames_are_dropped_by_the_same_dice_each_time() -> None:

@@ -7,6 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+from afd.transport.frame import Frame, FrameKind
+from afd.transport.ports import FfnPort
+from afd.types import DType
 from tests.contract.pairs import (
     BETWEEN_PROCESSES,
     HELLO,
@@ -21,10 +25,6 @@ from tests.contract.pairs import (
     routing,
     tokens,
 )
-
-from afd.transport.frame import Frame, FrameKind
-from afd.transport.ports import FfnPort
-from afd.types import DType
 
 pytestmark = pytest.mark.parametrize("kind", KINDS)
 
@@ -53,7 +53,14 @@ def test_every_size_arrives_and_comes_back_bit_for_bit(kind: str, dtype: DType, 
             dispatch = seen[-1]
             assert dispatch.kind is FrameKind.DISPATCH
             for frame in (dispatch, combine):
-                identity = (frame.epoch, frame.attention_rank, frame.ffn_rank, frame.microbatch, frame.step, frame.layer)
+                identity = (
+                    frame.epoch,
+                    frame.attention_rank,
+                    frame.ffn_rank,
+                    frame.microbatch,
+                    frame.step,
+                    frame.layer,
+                )
                 assert identity == (HELLO.epoch, 0, 0, 1, step, 3)
                 assert (frame.sequence, frame.num_tokens) == (step, count)
             assert dispatch.hidden is not None
@@ -94,10 +101,12 @@ def test_tensors_that_are_not_contiguous_arrive_as_they_read(kind: str) -> None:
 
 
 def test_a_rank_that_adds_nothing_answers_with_an_empty_combine(kind: str) -> None:
-    with ffn_worker(kind, lambda port, frame: port.combine(frame, None)) as ffn:
-        with attention(kind, [ffn.port.address]) as port:
-            port.dispatch(2, 5, 1, tokens(9), *routing(9))
-            combine = collect(port)
+    def nothing(port: FfnPort, frame: Frame) -> None:
+        port.combine(frame, None)
+
+    with ffn_worker(kind, nothing) as ffn, attention(kind, [ffn.port.address]) as port:
+        port.dispatch(2, 5, 1, tokens(9), *routing(9))
+        combine = collect(port)
     assert (combine.kind, combine.hidden, combine.num_tokens) == (FrameKind.COMBINE, None, 9)
 
 

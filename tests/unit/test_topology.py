@@ -52,7 +52,7 @@ def test_sharding_sets_the_degrees(num_ffn: int, sharding: str, tp: int | None, 
 
 
 def test_experts_that_do_not_divide_are_refused_with_the_degrees_that_would() -> None:
-    with pytest.raises(ConfigError, match="8 experts do not divide over 3 EP groups .* out of 1, 2, 4, 8"):
+    with pytest.raises(ConfigError, match=r"8 experts do not divide over 3 EP groups .* out of 1, 2, 4, 8"):
         ffn_shards(3, "ep", 8)
     assert len(ffn_shards(3, "ep", 0)) == 3, "a dense model has no experts to divide"
 

@@ -32,7 +32,7 @@ def test_all_workers_get_ready_and_attention_workers_meet_every_ffn_worker(open_
             (Role.ATTENTION, 0, "ready"),
             (Role.ATTENTION, 1, "ready"),
         ]
-        assert [w.address for w in view.workers if w.role is Role.ATTENTION] == ["toyhost:0", "toyhost:1"]
+        assert [w.address for w in view.workers if w.role is Role.ATTENTION] == ["127.0.0.1:1", "127.0.0.1:2"]
         assert view.problem == ""
         assert (view.model, view.topology) == ("good", "2A2F")
         eventually(lambda: all(w.pid and w.node for w in cluster.view().workers), 5.0)

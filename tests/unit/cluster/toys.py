@@ -51,7 +51,7 @@ class ToyAttention(Toy):
 
     def start(self) -> str:
         self.begin()
-        return f"toyhost:{self.rank}"
+        return f"127.0.0.1:{self.rank + 1}"  # nobody listens there
 
     def connect(self, ffn: Sequence[FfnAddress]) -> None:
         if [address.inproc for address in ffn] != [f"toy {rank}" for rank in range(self.num_ffn)]:

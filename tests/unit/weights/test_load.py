@@ -11,7 +11,7 @@ from afd.topology import FfnShard, ffn_shards
 from afd.types import DType, Role, TensorSpec
 from afd.weights import dummy
 from afd.weights.checkpoint import open_checkpoint
-from afd.weights.load import cpu_has_bf16, load, resolve_device, resolve_dtype
+from afd.weights.load import TORCH_DTYPES, cpu_has_bf16, load, resolve_device, resolve_dtype
 
 CPU = torch.device("cpu")
 
@@ -44,19 +44,22 @@ def test_the_parts_of_all_ffn_ranks_put_together_are_the_checkpoint(folder: Path
         assert torch.equal(values, whole[name]), name
 
 
+@pytest.mark.parametrize("dtype", list(DType))
 def test_loaded_tensors_are_contiguous_own_their_memory_and_have_the_asked_dtype(
-    folder: Path, specs: list[TensorSpec]
+    folder: Path, specs: list[TensorSpec], dtype: DType
 ) -> None:
     whole = dummy.weights(specs, seed=3)
     shard = FfnShard(1, ep=1, tp=2)
     with open_checkpoint(folder) as checkpoint:
-        part = load(checkpoint, specs, Role.FFN, shard, DType.BF16, CPU)
+        part = load(checkpoint, specs, Role.FFN, shard, dtype, CPU)
     for spec in specs:
         if spec.role is Role.FFN:
             values = part[spec.name]
             assert values.is_contiguous()
             assert values.untyped_storage().nbytes() == values.nbytes
-            assert torch.equal(values, whole[spec.name][shard.slices(spec.shape, spec.cuts)].bfloat16())
+            expected = whole[spec.name][shard.slices(spec.shape, spec.cuts)].to(TORCH_DTYPES[dtype])
+            assert values.dtype == expected.dtype
+            assert torch.equal(values, expected)
 
 
 def test_progress_counts_up_to_the_bytes_loaded(folder: Path, specs: list[TensorSpec]) -> None:
