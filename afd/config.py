@@ -151,8 +151,12 @@ def _explain(item: Any) -> str:
         return f"{place} is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
     places = list(_keys(Deployment))
     leaf = str(item["loc"][-1])
-    homes = [p for p in places if p.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(place, places, n=1, cutoff=0.6)
-    return f"unknown key {place}" + (f" (did you mean {' or '.join(homes)}?)" if homes else f"; known are {', '.join(places)}")
+    homes = [p for p in places if p.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(
+        place, places, n=1, cutoff=0.6
+    )
+    return f"unknown key {place}" + (
+        f" (did you mean {' or '.join(homes)}?)" if homes else f"; known are {', '.join(places)}"
+    )
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -24,7 +24,9 @@ class Topology:
         """Reads '2A1F'. Raises ConfigError for anything else, zero counts included."""
         match = re.fullmatch(r"\s*(\d+)\s*[aA]\s*(\d+)\s*[fF]\s*", text)
         if not match or "0" in (match[1].lstrip("0") or "0", match[2].lstrip("0") or "0"):
-            raise ConfigError(f"topology {text!r} is not of the form <attention>A<ffn>F with both at least 1, like 2A1F")
+            raise ConfigError(
+                f"topology {text!r} is not of the form <attention>A<ffn>F with both at least 1, like 2A1F"
+            )
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
@@ -57,7 +59,11 @@ class FfnShard:
 
     def bounds(self, length: int, by: Literal["ep", "tp", "rank"]) -> tuple[int, int]:
         """First and one-past-last index that this rank owns of an axis of `length`; slices differ by one at most."""
-        part, parts = {"ep": (self.ep_rank, self.ep), "tp": (self.tp_rank, self.tp), "rank": (self.ffn_rank, self.size)}[by]
+        part, parts = {
+            "ep": (self.ep_rank, self.ep),
+            "tp": (self.tp_rank, self.tp),
+            "rank": (self.ffn_rank, self.size),
+        }[by]
         return length * part // parts, length * (part + 1) // parts
 
     def slices(self, shape: tuple[int, ...], cuts: tuple[Cut, ...]) -> tuple[slice, ...]:
@@ -78,7 +84,9 @@ def ffn_shards(num_ffn: int, sharding: Sharding, num_experts: int, tp: int | Non
     elif sharding == "tp":
         ep, tp_degree = 1, num_ffn
     else:
-        tp_degree = tp if tp is not None else max(d for d in range(1, num_ffn + 1) if d * d <= num_ffn and num_ffn % d == 0)
+        tp_degree = (
+            tp if tp is not None else max(d for d in range(1, num_ffn + 1) if d * d <= num_ffn and num_ffn % d == 0)
+        )
         if tp_degree < 1 or num_ffn % tp_degree:
             raise ConfigError(f"ffn.tp {tp_degree} does not divide the {num_ffn} FFN workers")
         if num_ffn > 1 and tp_degree in (1, num_ffn):

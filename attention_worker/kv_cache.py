@@ -25,9 +25,9 @@ class KvCache:
         kernel: PagedAttention,
     ) -> None:
         shape = (num_blocks, block_size, spec.attention.kv_heads, spec.attention.head_dim)
-        # Zeros come as untouched pages: memory is taken only when a block is first written.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
+        # Not zeroed: memory is taken only when a block is first written, and kernels read no slot that was not.
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
         self.block_size = block_size
         self.device = device
         self.kernel = kernel

@@ -20,8 +20,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-# Ray reads these while it is imported. Its own defaults report usage over the network, colour and merge log lines, and
-# give actors a lower priority than everything else on the machine.
+# Ray reads these while it is imported. Its own defaults report usage over the network, colour and merge log lines, give
+# actors a lower priority than everything else, and kill them (the controller first) when other programs take memory.
 # ruff: noqa: E402
 for _name in (
     "RAY_USAGE_STATS_ENABLED",
@@ -29,6 +29,7 @@ for _name in (
     "RAY_COLOR_PREFIX",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
     "RAY_worker_niceness",
+    "RAY_memory_monitor_refresh_ms",
 ):
     os.environ.setdefault(_name, "0")
 

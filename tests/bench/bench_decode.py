@@ -2,10 +2,11 @@
 
     python tests/bench/bench_decode.py [--model NAME] [--streams 1 8 32 64] [--microbatches 1 2 3] [--rounds 3]
 
-Each stream has a prompt of random token ids (--prompt, 128) and decodes greedily. Decode rate = streams · tokens /
-(time of 1 + tokens tokens − time of 1 token), so prefill and HTTP set-up cancel. All candidates are started first and
-measured in turn, round after round; the table gives medians. The limit is what this machine's measured fp32 GEMM rate
-and copy bandwidth, both cores, would allow for the model's FLOPs and bytes. The last line is JSON.
+Each stream has a prompt of random token ids (--prompt, 128) and decodes greedily. The decode rate is taken while all
+streams decode: tokens that arrived between the last stream's first token and the first stream's last one. All
+candidates are started first and measured in turn, round after round; the table gives medians. The limit is what this
+machine's measured GEMM rate and copy bandwidth, both cores, would allow for the model's FLOPs and bytes. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import asyncio
 import json
 import multiprocessing
 import random
+import signal
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -32,7 +35,7 @@ from afd.layers.attention.registry import kernel
 from afd.models.halves import no_grad
 from afd.spec import ModelSpec
 from afd.topology import FfnShard
-from afd.types import DType, GenerateRequest, Role, SamplingParams
+from afd.types import DType, GenerateOutput, GenerateRequest, Role, SamplingParams
 from attention_worker.block_manager import BlockManager
 from attention_worker.kv_cache import KvCache
 from attention_worker.microbatch import Microbatch
@@ -49,7 +52,15 @@ def prompts(count: int, length: int) -> list[list[int]]:
     return [[rng.randrange(VOCAB_FROM, VOCAB_TO) for _ in range(length)] for _ in range(count)]
 
 
-# ---- candidates: something that generates `tokens` tokens for each prompt, and says how long it took ---------------
+def steady_rate(arrivals: list[list[float]]) -> float:
+    """Tokens per second while every stream decodes; `arrivals` are each stream's token times in seconds."""
+    begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
+    count = sum(begin < at <= end for times in arrivals for at in times)
+    assert count >= len(arrivals), "the streams hardly overlapped: ask for more --tokens"
+    return count / (end - begin)
+
+
+# ---- candidates: something that generates `tokens` tokens for each prompt, and says when each of them came ----------
 
 
 class Http:
@@ -59,25 +70,25 @@ class Http:
         self.url = url
         self.model = model
 
-    def run(self, requests: list[list[int]], tokens: int) -> float:
+    def run(self, requests: list[list[int]], tokens: int) -> list[list[float]]:
         return asyncio.run(self._run(requests, tokens))
 
-    async def _run(self, requests: list[list[int]], tokens: int) -> float:
+    async def _run(self, requests: list[list[int]], tokens: int) -> list[list[float]]:
         limits = httpx.Limits(max_connections=len(requests))
         async with httpx.AsyncClient(base_url=self.url, timeout=600.0, limits=limits) as client:
-            started = time.perf_counter()
-            await asyncio.gather(*(self._stream(client, prompt, tokens) for prompt in requests))
-            return time.perf_counter() - started
+            return list(await asyncio.gather(*(self._stream(client, prompt, tokens) for prompt in requests)))
 
-    async def _stream(self, client: httpx.AsyncClient, prompt: list[int], tokens: int) -> None:
+    async def _stream(self, client: httpx.AsyncClient, prompt: list[int], tokens: int) -> list[float]:
         body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
-        body |= {"ignore_eos": True}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        arrivals, tail = [], b""
         async with client.stream("POST", "/v1/completions", json=body) as response:
-            tail = b""
             async for chunk in response.aiter_raw():
+                arrivals += [time.perf_counter()] * chunk.count(b'"token_ids":[')
                 tail = (tail + chunk)[-64:]
         assert response.status_code == 200, (response.status_code, tail)
         assert tail.rstrip().endswith(b"[DONE]"), tail
+        return arrivals
 
 
 class Whole:
@@ -86,9 +97,9 @@ class Whole:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def run(self, requests: list[list[int]], tokens: int) -> float:
+    def run(self, requests: list[list[int]], tokens: int) -> list[list[float]]:
         self._pipe.send((requests, tokens))
-        return float(self._pipe.recv())
+        return list(self._pipe.recv())
 
 
 @contextmanager
@@ -102,7 +113,7 @@ def whole(model: str) -> Iterator[tuple[Whole, dict[str, Any]]]:
     try:
         yield Whole(ours), facts
     finally:
-        ours.send(None)
+        ours.close()
         process.join(30)
 
 
@@ -113,17 +124,23 @@ def _serve_whole(pipe: Connection, model: str) -> None:
     ffn = plan.family.ffn(plan.spec, plan.weights(Role.FFN, one), one)
     facts = {"dtype": plan.dtype.name.lower(), "threads": torch.get_num_threads()}
     pipe.send(facts | measure_machine(plan.torch_dtype))
-    while (job := pipe.recv()) is not None:
-        requests, tokens = job
+    while True:
+        try:
+            requests, tokens = pipe.recv()
+        except EOFError:
+            return
         scheduler = Scheduler(
             BlockManager(len(requests) * 20 + 1, 16), microbatches=1, max_batch_tokens=512, max_running=len(requests)
         )
         cache = KvCache(plan.spec, scheduler.blocks.num_blocks, 16, plan.torch_dtype, plan.device, kernel("batched"))
-        book = Requests(
-            scheduler, lambda _: None, vocab=plan.spec.vocab, eos_token_ids=(), max_context=320, max_waiting=10**6
-        )
+        arrivals: list[list[float]] = [[] for _ in requests]
+
+        def publish(outputs: list[tuple[int, GenerateOutput]], arrivals: list[list[float]] = arrivals) -> None:
+            for _, output in outputs:
+                arrivals[int(output.request_id)].append(time.perf_counter())
+
+        book = Requests(scheduler, publish, vocab=plan.spec.vocab, eos_token_ids=(), max_context=320, max_waiting=10**6)
         microbatch = Microbatch(0, attention, cache, scheduler, Sampler(()), book.complete)
-        started = time.perf_counter()
         for i, prompt in enumerate(requests):
             book.add(0, GenerateRequest(str(i), tuple(prompt), SamplingParams(temperature=0, max_tokens=tokens)))
         with no_grad():
@@ -131,7 +148,9 @@ def _serve_whole(pipe: Connection, model: str) -> None:
             dispatch = next(steps)
             while dispatch is not None:
                 dispatch = steps.send(ffn.layer(dispatch.layer, dispatch.y, dispatch.routing))
-        pipe.send(time.perf_counter() - started)
+                book.flush()
+        book.flush()
+        pipe.send(arrivals)
 
 
 # ---- the limit -----------------------------------------------------------------------------------------------------
@@ -171,9 +190,10 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--transport", default="auto")
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended
 
     rates: dict[tuple[str, int], list[float]] = defaultdict(list)
     with ExitStack() as stack:
@@ -187,9 +207,8 @@ def main() -> None:
             for streams in options.streams:
                 requests = prompts(streams, options.prompt)
                 for name, candidate in candidates.items():
-                    first = candidate.run(requests, 1)
-                    full = candidate.run(requests, 1 + options.tokens)
-                    rates[name, streams].append(streams * options.tokens / (full - first))
+                    rates[name, streams].append(steady_rate(candidate.run(requests, options.tokens)))
+                    print(f"  {name}, {streams} streams: {rates[name, streams][-1]:.0f} tokens/s", file=sys.stderr)
 
     plan = build.plan(Deployment(model=options.model))
     limits = {n: limit(plan.spec, plan.dtype, n, options.prompt + options.tokens // 2, facts) for n in options.streams}

@@ -129,3 +129,17 @@ def test_a_cluster_can_be_stopped_while_it_starts(open_cluster: OpenCluster) -> 
 def test_two_clusters_do_not_share_an_epoch() -> None:
     with local.cluster(deployment(), TOYS) as one, local.cluster(deployment(), TOYS) as other:
         assert one.view().epoch != other.view().epoch
+
+
+@pytest.mark.parametrize("open_processes", [pytest.param("ray", marks=pytest.mark.ray)], indirect=True)
+def test_when_the_controller_is_gone_every_worker_is_shown_as_lost(open_processes: OpenCluster) -> None:
+    with open_processes(deployment()) as cluster:
+        assert cluster.wait_ready(START_S)
+        eventually(lambda: all(w.pid for w in cluster.view().workers), 5.0)
+        pids = [w.pid for w in cluster.view().workers]
+        controller: int = cluster._controller.pid  # type: ignore[attr-defined]
+        os.kill(controller, signal.SIGKILL)
+        eventually(lambda: cluster.view().problem, 2.0)
+        assert f"controller (pid {controller}" in cluster.view().problem
+        assert {w.state for w in cluster.view().workers} == {"lost"}
+        assert all(is_gone(pid, 10.0) for pid in pids), "an actor ends with the one that owns it"
