@@ -68,7 +68,7 @@ class PeerFailed(TransportError):
 
 
 class RequestError(AfdError):
-    """The client asked for something that cannot be. `param` is the request field at fault; `status` its HTTP status."""
+    """The client asked for something that cannot be. `param` is the field at fault, `status` the HTTP status."""
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
         super().__init__(message)

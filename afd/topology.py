@@ -91,7 +91,8 @@ def ffn_shards(num_ffn: int, sharding: Sharding, num_experts: int, tp: int | Non
             raise ConfigError(f"ffn.tp {tp_degree} does not divide the {num_ffn} FFN workers")
         if num_ffn > 1 and tp_degree in (1, num_ffn):
             raise ConfigError(
-                f"hybrid sharding of {num_ffn} FFN workers needs an EP and a TP degree above 1; use ffn.sharding ep or tp, or 4 or 6 workers"
+                f"hybrid sharding of {num_ffn} FFN workers needs an EP and a TP degree above 1; "
+                f"use ffn.sharding ep or tp, or a number of workers like 4 or 6"
             )
         ep = num_ffn // tp_degree
     if num_experts and num_experts % ep:

@@ -91,8 +91,8 @@ class AttentionWorker:
         scheduler, requests = engine.scheduler, engine.requests
         return pb.StatusReply(
             attention_rank=self.attention_rank,
-            state="lost" if engine.problem else "ready",
-            problem=engine.problem,
+            state=engine.state,
+            problem=requests.problem,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             blocks_total=scheduler.blocks.num_blocks,

@@ -4,7 +4,7 @@ One thread owns everything below (model, KV cache, scheduler, requests, port). O
 `drop_owner`, `drain` and `stop`, which leave a note in the inbox and wake the loop.
 
 A step that fails is told to its own requests, and the loop goes on. A lost FFN worker fails every request, since each
-layer needs every FFN rank; from then on `problem` says why new requests are refused.
+layer needs every FFN rank; from then on new requests are refused with the same sentence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from afd.errors import TransportError
 from afd.models.halves import AttentionHalf
 from afd.transport.frame import FrameKind
 from afd.transport.ports import AttentionPort
-from afd.types import GenerateRequest, SampledToken
+from afd.types import GenerateRequest, SampledToken, WorkerState
 from attention_worker.kv_cache import KvCache
 from attention_worker.microbatch import Dispatch, Microbatch
 from attention_worker.requests import Publish, Requests
@@ -86,9 +86,9 @@ class Engine:
         self.requests.flush()
 
     @property
-    def problem(self) -> str:
-        """Why new requests are refused, in a sentence; "" when they are not."""
-        return self.requests.problem
+    def state(self) -> WorkerState:
+        """ready, draining (new requests are refused) or lost (an FFN worker is gone); requests.problem says why."""
+        return "lost" if self._lost else "draining" if self.requests.problem else "ready"
 
     def _turn(self) -> None:
         self._read_inbox()

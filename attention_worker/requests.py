@@ -77,10 +77,10 @@ class Requests:
         sampled = iter(tokens)
         for chunk in batch.chunks:
             sequence = chunk.sequence
-            self.prompt_tokens += chunk.count
+            is_decode = chunk.count == 1 and chunk.start >= len(sequence.request.prompt_token_ids)
+            self.prompt_tokens += 0 if is_decode else chunk.count
             # `complete` does not change what chunk.samples compares: tokens are appended here only.
             if chunk.samples:
-                self.prompt_tokens -= 1
                 self.generated_tokens += 1
                 token = next(sampled)
                 if not sequence.cancelled:

@@ -36,10 +36,11 @@ SECONDS = 60.0
 
 @dataclass
 class Result:
-    """What one request got so far; `ended` is set with its last output."""
+    """What one request got so far; `started` is set with its first token, `ended` with its last output."""
 
     tokens: list[SampledToken] = field(default_factory=list)
     finish: GenerateOutput | None = None
+    started: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -153,6 +154,8 @@ def split(
         for _, output in outputs:
             result = results[output.request_id]
             result.tokens.extend(output.tokens)
+            if output.tokens:
+                result.started.set()
             if output.finish_reason:
                 result.finish = output
                 result.ended.set()

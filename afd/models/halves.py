@@ -48,7 +48,7 @@ class KvView(Protocol):
 class AttentionHalf(ABC):
     """Embedding, every layer's attention, norms and gate, and the LM head. Residuals never leave it."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         self.spec = spec
 
     @abstractmethod
@@ -67,7 +67,7 @@ class AttentionHalf(ABC):
 class FfnHalf(ABC):
     """This shard's part of every layer's FFN. Keeps nothing between calls."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], shard: FfnShard) -> None:
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], shard: FfnShard) -> None:  # noqa: ARG002
         self.spec = spec
         self.shard = shard
 

@@ -1,0 +1,89 @@
+"""The embedded chat model as a newcomer meets it: `afd serve`, its own Ray, an OpenAI client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from afd import build
+from afd.config import Deployment
+from afd.models.reference import WholeModel
+from afd.topology import FfnShard
+from afd.types import Role
+from tests.system.serving import serving
+
+pytestmark = pytest.mark.smollm2
+
+QUESTION = "What is the capital of France?"
+PROMPTS = (
+    "Once upon a time, in a small village by the sea,",
+    "def quicksort(items):\n    if len(items) <= 1:",
+    "The first ten prime numbers are 2, 3, 5, 7,",
+)
+TOKENS = 12
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def oracle(model: str) -> list[list[int]]:
+    """The whole model's greedy continuations; test_embedded_model in tests/equivalence ties it to transformers."""
+    plan = build.plan(Deployment(model=model, dtype="fp32"))
+    one = FfnShard(0, 1, 1)
+    whole = WholeModel(
+        plan.spec,
+        plan.family.attention(plan.spec, plan.weights(Role.ATTENTION)),
+        plan.family.ffn(plan.spec, plan.weights(Role.FFN, one), one),
+    )
+    assert plan.files.tokenizer_json is not None
+    tokenizer = Tokenizer.from_file(str(plan.files.tokenizer_json))
+    return [whole.generate(tokenizer.encode(p, add_special_tokens=False).ids, TOKENS) for p in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        pytest.param("smollm2-step3", (), marks=pytest.mark.ray),
+        ("smollm2", ("--backend", "local", "--topology", "1A2F", "--ffn-sharding", "tp")),
+    ],
+)
+def test_a_client_gets_the_whole_models_answer(model: str, arguments: tuple[str, ...]) -> None:
+    with (
+        serving(model, "--dtype", "fp32", *arguments) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        asked = time.monotonic()
+        messages = [{"role": "user", "content": QUESTION}]
+        chunks = client.chat.completions.create(model=model, messages=messages, temperature=0, stream=True)  # type: ignore[call-overload]
+        answer, first_s = "", 0.0
+        for chunk in chunks:
+            if chunk.choices and chunk.choices[0].delta.content:
+                first_s = first_s or time.monotonic() - asked
+                answer += chunk.choices[0].delta.content
+        assert answer == "The capital of France is Paris."
+        assert server.start_s + first_s < 20.0, f"started in {server.start_s:.1f} s, first token {first_s:.1f} s later"
+
+        def complete(prompt: str) -> list[int]:
+            body = {"ignore_eos": True, "return_token_ids": True}
+            done = client.completions.create(
+                model=model, prompt=prompt, max_tokens=TOKENS, temperature=0, extra_body=body
+            )
+            return list(done.choices[0].token_ids)  # type: ignore[attr-defined]
+
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            answers = list(pool.map(complete, PROMPTS))
+        code, stop_s = server.stop()
+        assert code == 0
+        assert stop_s < 10.0
+    assert answers == oracle(model)
