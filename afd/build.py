@@ -17,11 +17,12 @@ from afd.config import Deployment
 from afd.models import registry
 from afd.spec import ModelSpec
 from afd.topology import FfnShard, ffn_shards
+from afd.torch_dtypes import TORCH_DTYPES
 from afd.transport.base import Hello
 from afd.types import DType, Role
 from afd.weights import library
 from afd.weights.checkpoint import open_checkpoint
-from afd.weights.load import TORCH_DTYPES, load, resolve_device, resolve_dtype
+from afd.weights.load import load, resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True)

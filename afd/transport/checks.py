@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from afd.errors import FrameError
+from afd.torch_dtypes import TORCH_DTYPES
 from afd.transport.base import Hello
-from afd.transport.frame import TORCH_DTYPES, Frame, FrameKind
+from afd.transport.frame import Frame, FrameKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,13 +36,12 @@ import torch
 from torch import Tensor
 
 from afd.errors import FrameError
+from afd.torch_dtypes import TORCH_DTYPES
 from afd.types import DType
 
 PROTOCOL_VERSION = 1
 HEADER_BYTES = 64
 MAX_MESSAGE_BYTES = 4096  # an error's sentence is cut here
-
-TORCH_DTYPES = {DType.FP32: torch.float32, DType.BF16: torch.bfloat16}
 
 Buffer = bytes | bytearray | memoryview
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from afd.errors import ConfigError
 from afd.topology import FfnShard
+from afd.torch_dtypes import TORCH_DTYPES
 from afd.types import DType, Role, TensorSpec
 from afd.weights.checkpoint import Checkpoint
 from afd.weights.ownership import check, elements, owned
 
-TORCH_DTYPES = {DType.FP32: torch.float32, DType.BF16: torch.bfloat16}
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being loaded
 
 

@@ -8,10 +8,11 @@ import torch
 
 from afd.errors import CheckpointError, ConfigError
 from afd.topology import FfnShard, ffn_shards
+from afd.torch_dtypes import TORCH_DTYPES
 from afd.types import DType, Role, TensorSpec
 from afd.weights import dummy
 from afd.weights.checkpoint import open_checkpoint
-from afd.weights.load import TORCH_DTYPES, cpu_has_bf16, load, resolve_device, resolve_dtype
+from afd.weights.load import cpu_has_bf16, load, resolve_device, resolve_dtype
 
 CPU = torch.device("cpu")
 
