@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from afd import spec as specs
 from afd.config import Deployment
+from afd.errors import CheckpointError
 from afd.models import registry
 from afd.spec import ModelSpec
 from afd.topology import FfnShard, ffn_shards
@@ -42,10 +44,10 @@ class Plan:
     def torch_dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self.dtype]
 
-    def weights(self, role: Role, shard: FfnShard | None = None) -> dict[str, Tensor]:
-        """Reads one role's tensors, and of them only `shard`'s part. Raises CheckpointError."""
+    def weights(self, role: Role, shard: FfnShard | None = None) -> Mapping[str, Tensor]:
+        """Reads one role's tensors, and of them only `shard`'s part; each can be taken once. Raises CheckpointError."""
         with open_checkpoint(self.files.path) as checkpoint:
-            return load(checkpoint, self.family.tensors(self.spec), role, shard, self.dtype, self.device)
+            return _Handover(load(checkpoint, self.family.tensors(self.spec), role, shard, self.dtype, self.device))
 
     def hello(self, epoch: int, attention_rank: int, ffn_rank: int) -> Hello:
         """What both sides of a link must agree on."""
@@ -66,10 +68,18 @@ class Plan:
         )
 
 
+class _Handover(dict[str, Tensor]):
+    """Weights on their way into a half, which packs them: taking one lets go of it, so that memory holds every weight
+    once, and not twice."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.pop(name)
+
+
 def plan(deployment: Deployment) -> Plan:
     """Raises ModelError for a model that cannot be served, ConfigError for a topology that does not fit it."""
     files = library.resolve(deployment.model)
-    spec = specs.from_config(files.config)
+    spec = replace(specs.from_config(files.config), eos_token_ids=eos_token_ids(files))
     device = resolve_device(deployment.device)
     digest = hashlib.sha256(f"{specs.digest(spec)} {library.fingerprint(files)}".encode()).hexdigest()
     return Plan(
@@ -82,6 +92,16 @@ def plan(deployment: Deployment) -> Plan:
         shards=ffn_shards(deployment.counts.ffn, deployment.ffn.sharding, spec.num_experts, deployment.ffn.tp),
         model_digest=digest,
     )
+
+
+def eos_token_ids(files: library.ModelFiles) -> tuple[int, ...]:
+    """The tokens that end an answer: those of config.json, and those of generation_config.json, where chat models name
+    their end of turn. Raises CheckpointError when the latter are not integers."""
+    named = files.generation_config.get("eos_token_id")
+    found = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in found):
+        raise CheckpointError(f"generation_config.json of {files.name} has eos_token_id {named!r}, not token ids")
+    return tuple(dict.fromkeys([*specs.from_config(files.config).eos_token_ids, *found]))
 
 
 def num_threads(setting: int | str, workers_on_host: int) -> int:

@@ -9,8 +9,7 @@ AfdError
 │   ├── HandshakeRefused   the two sides do not agree on what they serve
 │   ├── FrameError         a frame is damaged, or belongs to somebody else
 │   ├── PeerLost           the other side is gone
-│   ├── PeerTimeout        the other side did not answer before the deadline
-│   └── PeerFailed         the other side answered with an error
+│   └── PeerTimeout        the other side did not answer before the deadline
 ├── RequestError           the client asked for what cannot be (HTTP 4xx)
 ├── Unavailable            no worker can take the request now (HTTP 503)
 └── ClusterError           workers cannot be started, reached or stopped
@@ -61,10 +60,6 @@ class PeerLost(TransportError):
 
 class PeerTimeout(TransportError):
     """The other side did not answer before the deadline."""
-
-
-class PeerFailed(TransportError):
-    """The other side answered a dispatch with an error of its own."""
 
 
 class RequestError(AfdError):

@@ -137,7 +137,7 @@ class WorkerView:
     address: str = ""
     pid: int = 0
     node: str = ""
-    message: str = ""  # one sentence when lost
+    message: str = ""  # one sentence when lost or draining
 
 
 @dataclass(frozen=True, slots=True)

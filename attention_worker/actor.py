@@ -64,7 +64,11 @@ class AttentionWorker:
             deadline_s=transport.deadline_s,
             spin_us=transport.spin_us,
         )
-        self._engine = self._build_engine(self._plan, port)
+        try:
+            self._engine = self._build_engine(self._plan, port)
+        except BaseException:
+            port.close()
+            raise
         self._thread = threading.Thread(target=self._run, args=(self._engine,), name="attention engine", daemon=True)
         self._thread.start()
         self._service.serve_engine(self._engine)
@@ -154,8 +158,8 @@ class AttentionWorker:
 
     def _num_blocks(self, plan: build.Plan) -> int:
         """How many blocks fit attention.kv_cache_gib; auto: 2 GiB, or a quarter of the free memory where that is
-        less (on a GPU four fifths of what is free), shared with this host's other workers; never more than the
-        longest context for every running request."""
+        less, shared with this host's other workers (on a GPU four fifths of what is free once the weights are there);
+        never more than the longest context for every running request."""
         settings = self.deployment.attention
         block_bytes = plan.spec.kv_bytes_per_token(plan.dtype) * settings.block_size
         if settings.kv_cache_gib != "auto":

@@ -120,6 +120,8 @@ class Engine:
         try:
             dispatch = microbatch.resume(self.port.ffn_ranks)
         except Exception as error:  # a bug or a full memory: told to the requests it hit, the others go on
+            if microbatch.batch is None:
+                raise  # nobody's step, so everybody's problem
             log.exception("a step of microbatch %d failed", microbatch.index)
             self._fail(microbatch, f"the attention worker failed in this step: {error}")
             return
@@ -164,6 +166,7 @@ class Engine:
         self._lost = True
         self.requests.problem = sentence
         self._fail_all(sentence)
+        self.requests.flush()
 
     # ---- other threads' notes -------------------------------------------------------------------------------
 

@@ -87,8 +87,8 @@ class Microbatch:
                 continue
             logits, sequences = yield from self._step(self.batch)
             tokens = self.sampler.sample(logits, sequences)
-            batch, self.batch = self.batch, None
             self.steps += 1
+            batch, self.batch = self.batch, None
             self.complete(batch, tokens)
 
     def _step(self, batch: Batch) -> Generator[Dispatch | None, Tensor | None, tuple[Tensor, list[Sequence]]]:

@@ -116,6 +116,6 @@ def _draw(logits: Tensor, sequences: Seq[Sequence], sort: bool) -> list[int]:
 def _with_logprobs(row: Tensor, token_id: int, want: int | None) -> SampledToken:
     if want is None:
         return SampledToken(token_id)
-    values, ids = row.topk(want) if want else (row[:0], row[:0])
+    values, ids = row.topk(min(want, row.shape[0]))
     top = tuple((int(i), float(v)) for i, v in zip(ids.tolist(), values.tolist(), strict=True))
     return SampledToken(token_id, float(row[token_id]), top)

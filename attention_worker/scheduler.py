@@ -133,14 +133,14 @@ class Scheduler:
         return count
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Room for every token of `sequence`, if need be from the youngest idle one, which may be itself."""
+        """Room for every token of `sequence`, if need be from the youngest, which may be itself. A youngest one in
+        flight is waited for: it can be preempted when its step is over."""
         while not self.blocks.grow(sequence.block_table, len(sequence.token_ids)):
-            victim = next((s for s in reversed(self.running) if not s.in_flight), None)
-            assert victim is not None, "an idle sequence wants to grow, yet none is idle"
-            if victim.order < sequence.order:
+            youngest = self.running[-1]
+            if youngest.in_flight:
                 return False
-            self._preempt(victim)
-            if victim is sequence:
+            self._preempt(youngest)
+            if youngest is sequence:
                 return False
         return True
 

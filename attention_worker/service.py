@@ -70,14 +70,15 @@ class Service:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout=10.0)
 
     async def _start(self) -> str:
+        host = f"[{self._bind}]" if ":" in self._bind and "[" not in self._bind else self._bind  # IPv6
         self._server = grpc.aio.server()
         pb_grpc.add_AttentionServicer_to_server(_Servicer(self), self._server)  # type: ignore[no-untyped-call]
         try:
-            port = self._server.add_insecure_port(f"{self._bind}:0")
+            port = self._server.add_insecure_port(f"{host}:0")
         except RuntimeError as error:
             raise TransportError(f"cannot listen on {self._bind} (transport.bind): {error}") from error
         await self._server.start()
-        return f"{self._bind}:{port}"
+        return f"{host}:{port}"
 
     def _deliver(self, outputs: Outputs) -> None:
         by_owner: dict[int, list[GenerateOutput]] = defaultdict(list)

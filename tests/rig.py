@@ -5,6 +5,7 @@ Everything between a request and its tokens is the product's own code; only the 
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,8 +68,12 @@ class Rig:
         return result
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
-        """All prompts at once, over all engines; their generated token ids."""
-        results = [self.submit(str(i), p, params, i % len(self.engines)) for i, p in enumerate(prompts)]
+        """All prompts, over all engines, some of them only once an earlier one is under way; their token ids."""
+        rng, results = random.Random(len(self.engines) + len(self.loops)), list[Result]()
+        for i, prompt in enumerate(prompts):
+            results.append(self.submit(str(i), prompt, params, i % len(self.engines)))
+            if rng.random() < 0.4:
+                assert rng.choice(results).started.wait(SECONDS), "a request did not start"
         return [finished(result).token_ids for result in results]
 
     def check_idle(self) -> None:

@@ -2,7 +2,7 @@
 
 A transport offers two things, symmetric from there on:
 
-    listen(...) -> Listener      FFN side; `accept` yields a Link for each attention worker that shook hands
+    listen(...) -> Listener      FFN side; `try_accept` gives a Link for each attention worker that shook hands
     dial(...)   -> Link          attention side
 
 A Link carries whole frames both ways, in order, and has a file descriptor that becomes readable when a frame or the

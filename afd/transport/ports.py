@@ -27,6 +27,8 @@ from afd.types import FfnAddress
 
 _log = logging.getLogger(__name__)
 
+_SHORTEST_SLEEP_S = 1e-3
+
 
 class _Port(ABC):
     """One thread's view of many descriptors."""
@@ -91,7 +93,9 @@ class _Port(ABC):
             now = time.monotonic()
             if now >= until:
                 return None
-            self._selector.select(until - now if now >= spin_until else 0)
+            # The kernel's wait rounds up to whole milliseconds; a shorter one is polled away.
+            left_s = until - now
+            self._selector.select(left_s if now >= spin_until and left_s >= _SHORTEST_SLEEP_S else 0)
 
 
 @dataclass(slots=True)

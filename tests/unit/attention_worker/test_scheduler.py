@@ -90,6 +90,26 @@ def test_the_youngest_is_preempted_and_computed_again_from_its_start() -> None:
     sched.check()
 
 
+def test_the_oldest_waits_for_a_younger_one_in_flight_rather_than_lose_its_own_blocks() -> None:
+    sched = scheduler(blocks=4, block_size=4, microbatches=2, budget=8)
+    old, young = sequence("old", 8, 8), sequence("young", 8, 8)
+    sched.add(old)
+    sched.add(young)
+    first, second = sched.schedule(), sched.schedule()
+    assert first is not None
+    assert second is not None
+    finish_step(sched, first)  # now `old` wants a third block, there is none, and `young` is in flight
+    assert sched.schedule() is None
+    assert old in sched.running
+    assert sched.preemptions == 0
+    finish_step(sched, second)
+    third = sched.schedule()
+    assert third is not None
+    assert [c.sequence for c in third.chunks] == [old]
+    assert list(sched.waiting) == [young]
+    sched.check()
+
+
 def test_microbatches_share_the_running_sequences_evenly() -> None:
     sched = scheduler(blocks=1000, microbatches=3, budget=512)
     for i in range(10):
