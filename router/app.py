@@ -20,7 +20,7 @@ from router import errors
 from router.gateway import Gateway
 from router.settings import RouterSettings
 
-__all__ = ["RouterSettings", "Server", "bind", "create_app", "serve"]
+__all__ = ["RouterSettings", "Server", "bind", "create_app"]
 
 log = logging.getLogger(__name__)
 
@@ -196,15 +196,3 @@ class Server:
                 raise ClusterError(
                     f"the HTTP server on {url} stopped: {error}; choose another router.port (--port) if it is taken"
                 ) from error
-
-
-def serve(
-    settings: RouterSettings,
-    watch: Callable[[], ClusterView],
-    host: str,
-    port: int,
-    *,
-    on_ready: Callable[[str], None] = lambda _: None,
-) -> None:
-    """Binds and serves until the process is interrupted; for callers that need no early bind and no `stop`."""
-    Server(settings, watch, bind(host, port), on_ready=on_ready).run()

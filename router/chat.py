@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from types import MappingProxyType
 from typing import NoReturn
 
 import jinja2
@@ -19,11 +20,14 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 
 
 class ChatTemplate:
-    """The chat template of one model. Rendering is pure and may happen on any thread."""
+    """The chat template of one model, as RouterSettings.tokenizer_config has it. Rendering is pure and may happen on
+    any thread."""
 
     def __init__(self, tokenizer_config: Mapping[str, object]) -> None:
-        """Raises CheckpointError for a template that is not valid Jinja."""
-        source = _source(tokenizer_config.get("chat_template"))
+        """Raises CheckpointError for a template that is not text or not valid Jinja."""
+        source = tokenizer_config.get("chat_template")
+        if source is not None and not isinstance(source, str):
+            raise CheckpointError(f"chat_template in tokenizer_config is a {type(source).__name__}, not text")
         try:
             self._template = None if source is None else _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
@@ -31,40 +35,30 @@ class ChatTemplate:
                 f"the model's chat_template is damaged: line {error.lineno}: {error.message}"
             ) from error
         self._special_tokens = {
-            name: text for name in _SPECIAL_TOKENS if (text := _token_text(tokenizer_config.get(name))) is not None
+            name: text for name in _SPECIAL_TOKENS if isinstance(text := tokenizer_config.get(name), str)
         }
 
-    def render(self, messages: Sequence[Mapping[str, object]]) -> str:
-        """Prompt text up to where the assistant's answer begins. Raises RequestError (param "messages")."""
+    def render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, object] = MappingProxyType({}),
+    ) -> str:
+        """Prompt text; with `add_generation_prompt`, up to where the assistant's answer begins. `variables` are the
+        template's own, such as enable_thinking, and replace any of ours but the messages.
+
+        Raises RequestError (param "messages").
+        """
         if self._template is None:
             message = "this model has no chat template; send the whole prompt to /v1/completions instead"
             raise RequestError(message, param="messages", code="no_chat_template")
         try:
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
-            )
+            context = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+            return self._template.render({**context, **self._special_tokens, **variables, "messages": messages})
         except Exception as error:  # the template is the model's own code: it may fail in any way
             message = f"the model's chat template cannot render these messages: {error}"
             raise RequestError(message, param="messages", code="chat_template_error") from error
-
-
-def _source(value: object) -> str | None:
-    """tokenizer_config.json holds one template, or a list of named ones of which "default" is for plain chat."""
-    if isinstance(value, list):
-        named = {str(entry.get("name")): entry.get("template") for entry in value if isinstance(entry, dict)}
-        value = named.get("default", next(iter(named.values()), None))
-    if value is None or isinstance(value, str):
-        return value
-    raise CheckpointError(
-        f"chat_template in tokenizer_config is a {type(value).__name__}, not text or a list of named texts"
-    )
-
-
-def _token_text(value: object) -> str | None:
-    """A special token is written as its text or as an object with "content"."""
-    if isinstance(value, Mapping):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
 
 
 def _environment() -> jinja2.Environment:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SampledToken
@@ -26,17 +25,27 @@ class Delta:
     stop_reason: str | int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """What of the tokens becomes text, and what ends it."""
+
+    stops: tuple[str, ...] = ()
+    keep_stop: bool = False  # what ended the answer, stop string or stop token, stays in its text
+    keep_special: bool = False  # special tokens are text too
+
+
 class Choice:
     """Follows one request to one worker. `index` is the choice's place in the answer."""
 
-    def __init__(self, index: int, request: GenerateRequest, stops: Sequence[str], tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, request: GenerateRequest, rules: TextRules, tokenizer: Tokenizer) -> None:
         self.index = index
         self.request = request
         self.num_tokens = 0
         self.last_token_at: float | None = None  # for the metrics of whoever follows
         self._num_chars = 0
-        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids)
-        self._stops = StopStrings(stops)
+        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, special=rules.keep_special)
+        self._stops = StopStrings(rules.stops, keep=rules.keep_stop)
+        self._keep_stop = rules.keep_stop
 
     def accept(self, output: GenerateOutput) -> Delta:
         """Takes an output of the worker (no error) in order. After a delta with finish_reason nothing more is accepted.
@@ -48,8 +57,9 @@ class Choice:
             delta.tokens.append(token)
             delta.offsets.append(self._num_chars)
             self.num_tokens += 1
-            if output.stop_token_id == token.token_id and token is output.tokens[-1]:
-                break  # EOS and stop tokens end the text without being part of it
+            is_stop = output.stop_token_id == token.token_id and token is output.tokens[-1]
+            if is_stop and not self._keep_stop:
+                break  # EOS and stop tokens end the text without being part of it, as a rule
             if self._add(delta, self._detokenizer.push(token.token_id)):
                 return delta
         if output.finish_reason is not None and not self._add(delta, self._detokenizer.flush()):

@@ -89,14 +89,14 @@ class Gateway:
 
     async def metrics(self) -> Response:
         await self.pool.refresh()
-        statuses = [link.status for link in self.pool.links if link.status is not None]
+        statuses = [member.status for member in self.pool.members if member.status is not None]
         return Response(self._metrics.render(statuses), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self) -> Response:
         """The cluster as this router sees it; what `afd status` prints."""
         await self.pool.refresh()
         view = self.pool.view
-        statuses = {link.worker.rank: link.status for link in self.pool.links}
+        statuses = {member.worker.rank: member.status for member in self.pool.members}
         workers: list[Json] = []
         for worker in view.workers:
             status = statuses.get(worker.rank) if worker.role is Role.ATTENTION else None
@@ -160,7 +160,7 @@ class Gateway:
             "object": "model",
             "created": self._created,
             "owned_by": "afd",
-            "max_model_len": self._settings.max_context,
+            "max_model_len": self._relay.max_context,
         }
 
 

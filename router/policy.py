@@ -1,4 +1,8 @@
-"""Which attention worker takes a request. Pure: counts in, an attention_rank out."""
+"""Which attention worker takes a request. Pure: counts in, an attention_rank out.
+
+POLICIES is where another policy plugs in: a Policy under a name, chosen by RouterSettings.policy. Deployments always
+use least_loaded: no key of the deployment file and no flag chooses another.
+"""
 
 from __future__ import annotations
 

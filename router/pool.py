@@ -25,7 +25,7 @@ _RECONNECT_S = 1.0  # between a connection that broke and the next one to the sa
 
 
 @dataclass(slots=True)
-class Link:
+class Member:
     """One attention worker: how the controller sees it, and the connection once there is one."""
 
     worker: WorkerView
@@ -50,7 +50,7 @@ class Pool:
         self._deadline_s = deadline_s
         self._connect_s = connect_s
         self._poll_s = poll_s
-        self._links: dict[int, Link] = {}  # by attention_rank
+        self._members: dict[int, Member] = {}  # by attention_rank
         self._broken: dict[str, float] = {}  # address: loop time at which its last connection ended
         self._wake = asyncio.Event()
         self._closing: set[asyncio.Task[None]] = set()
@@ -59,8 +59,9 @@ class Pool:
 
     async def start(self) -> None:
         """Returns once every worker that is ready now has been tried once."""
+        self.view = self._watch()  # the cluster may have become ready since this pool was made
         self._reconcile()
-        await asyncio.gather(*(link.task for link in self._links.values() if link.task), return_exceptions=True)
+        await asyncio.gather(*(member.task for member in self._members.values() if member.task), return_exceptions=True)
         self._reconciler = asyncio.create_task(self._follow_view())
 
     async def close(self) -> None:
@@ -68,25 +69,31 @@ class Pool:
         if self._reconciler is not None:
             self._reconciler.cancel()
             await asyncio.gather(self._reconciler, return_exceptions=True)
-        for attention_rank in list(self._links):
+        for attention_rank in list(self._members):
             self._drop(attention_rank, "the router is shutting down")
         await asyncio.gather(*self._closing, return_exceptions=True)
 
     @property
-    def links(self) -> Sequence[Link]:
+    def members(self) -> Sequence[Member]:
         """Known workers, by attention_rank."""
-        return [self._links[attention_rank] for attention_rank in sorted(self._links)]
+        return [self._members[attention_rank] for attention_rank in sorted(self._members)]
 
     @property
     def problem(self) -> str:
         """One sentence on why no request can be served now, or ""."""
         if self.view.problem:
             return self.view.problem
-        if any(link.usable for link in self._links.values()):
+        if any(member.usable for member in self._members.values()):
             return ""
         workers = [worker for worker in self.view.workers if worker.role is Role.ATTENTION]
         reasons = [f"attention worker {worker.rank} {self._ailment(worker)}" for worker in workers]
         return f"no attention worker can take requests: {'; '.join(reasons) or 'the cluster has none'}"
+
+    def max_context(self, most: int) -> int:
+        """Tokens, prompt and answer together, that every connected worker takes: at most `most`, less where the KV
+        cache of a worker holds less. A worker that has not said counts for nothing."""
+        statuses = [member.status for member in self._members.values() if member.status is not None]
+        return min([most, *(status.max_context for status in statuses if status.max_context > 0)])
 
     def submit(self, request: GenerateRequest, inbox: Inbox) -> AttentionClient:
         """Sends `request` to the worker that the policy chooses, and returns its client, for cancelling.
@@ -95,7 +102,9 @@ class Pool:
         """
         if self.view.problem:
             raise Unavailable(self.view.problem)
-        clients = {link.worker.rank: link.client for link in self.links if link.usable and link.client is not None}
+        clients = {
+            member.worker.rank: member.client for member in self.members if member.usable and member.client is not None
+        }
         if not clients:
             raise Unavailable(self.problem)
         chosen = self._policy.choose([Load(rank, c.num_requests, c.num_tokens) for rank, c in clients.items()])
@@ -104,13 +113,13 @@ class Pool:
 
     def fail_all(self, sentence: str) -> None:
         """Ends every request in flight with an error output saying `sentence`."""
-        for link in self._links.values():
-            if link.client is not None:
-                link.client.fail(sentence)
+        for member in self._members.values():
+            if member.client is not None:
+                member.client.fail(sentence)
 
     async def refresh(self) -> None:
         """Asks every usable worker for its status, at the same time; one that does not answer keeps its last."""
-        await asyncio.gather(*(self._ask(link, link.client) for link in self._links.values() if link.client))
+        await asyncio.gather(*(self._ask(member, member.client) for member in self._members.values() if member.client))
 
     async def _follow_view(self) -> None:
         while True:
@@ -125,38 +134,40 @@ class Pool:
 
     def _reconcile(self) -> None:
         workers = {worker.rank: worker for worker in self.view.workers if worker.role is Role.ATTENTION}
-        for attention_rank in self._links.keys() - workers.keys():
+        for attention_rank in self._members.keys() - workers.keys():
             self._drop(attention_rank, f"attention worker {attention_rank} has left the cluster")
         for attention_rank, worker in workers.items():
-            link = self._links.get(attention_rank)
-            if link is not None and self._is_over(link, worker):
+            member = self._members.get(attention_rank)
+            if member is not None and self._is_over(member, worker):
                 why = worker.message or f"attention worker {attention_rank} was lost: it is {worker.state}"
                 self._drop(attention_rank, why)
-                link = None
-            if link is not None:
-                link.worker = worker
-                self._check_progress(link)
+                member = None
+            if member is not None:
+                member.worker = worker
+                self._check_progress(member)
             elif worker.state == "ready" and worker.address and not self._just_broken(worker.address):
-                self._links[attention_rank] = link = Link(worker)
-                link.task = asyncio.create_task(self._connect(link))
+                self._members[attention_rank] = member = Member(worker)
+                member.task = asyncio.create_task(self._connect(member))
 
     @staticmethod
-    def _is_over(link: Link, worker: WorkerView) -> bool:
+    def _is_over(member: Member, worker: WorkerView) -> bool:
         """Whether the connection is of no more use: broken, failed to open, or of an earlier life of the worker."""
-        broken = link.client.lost != "" if link.client is not None else link.task is None or link.task.done()
-        return broken or worker.state in ("starting", "lost") or worker.address != link.worker.address
+        broken = member.client.lost != "" if member.client is not None else member.task is None or member.task.done()
+        return broken or worker.state in ("starting", "lost") or worker.address != member.worker.address
 
     def _just_broken(self, address: str) -> bool:
         """Whether to wait with connecting again: a worker that ends every stream must not keep the router busy."""
         return asyncio.get_running_loop().time() < self._broken.get(address, float("-inf")) + _RECONNECT_S
 
     def _drop(self, attention_rank: int, why: str) -> None:
-        link = self._links.pop(attention_rank)
+        member = self._members.pop(attention_rank)
         now = asyncio.get_running_loop().time()
-        self._broken = {a: at for a, at in self._broken.items() if at + _RECONNECT_S > now} | {link.worker.address: now}
-        if link.client is not None:
-            link.client.fail(why)
-        self._spawn_closing(self._close_link(link))
+        self._broken = {a: at for a, at in self._broken.items() if at + _RECONNECT_S > now} | {
+            member.worker.address: now
+        }
+        if member.client is not None:
+            member.client.fail(why)
+        self._spawn_closing(self._close_member(member))
 
     def _spawn_closing(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -164,36 +175,36 @@ class Pool:
         task.add_done_callback(self._closing.discard)
 
     @staticmethod
-    async def _close_link(link: Link) -> None:
-        if link.task is not None:
-            link.task.cancel()
-            await asyncio.gather(link.task, return_exceptions=True)
-        if link.client is not None:
-            await link.client.close()
+    async def _close_member(member: Member) -> None:
+        if member.task is not None:
+            member.task.cancel()
+            await asyncio.gather(member.task, return_exceptions=True)
+        if member.client is not None:
+            await member.client.close()
 
-    async def _connect(self, link: Link) -> None:
-        peer = f"attention worker {link.worker.rank}"
+    async def _connect(self, member: Member) -> None:
+        peer = f"attention worker {member.worker.rank}"
         try:
             client = await AttentionClient.connect(
-                link.worker.address, peer=peer, deadline_s=self._connect_s, on_lost=self._wake.set
+                member.worker.address, peer=peer, deadline_s=self._connect_s, on_lost=self._wake.set
             )
         except TransportError as error:
             log.warning("%s", error)
             return
-        link.client = client
-        log.info("connected to %s at %s", peer, link.worker.address)
-        await self._ask(link, client)
+        member.client = client
+        log.info("connected to %s at %s", peer, member.worker.address)
+        await self._ask(member, client)
 
-    async def _ask(self, link: Link, client: AttentionClient) -> None:
+    async def _ask(self, member: Member, client: AttentionClient) -> None:
         try:
-            link.status = await client.status(deadline_s=min(_STATUS_S, self._deadline_s))
+            member.status = await client.status(deadline_s=min(_STATUS_S, self._deadline_s))
         except TransportError as error:
             log.debug("%s", error)
 
-    def _check_progress(self, link: Link) -> None:
+    def _check_progress(self, member: Member) -> None:
         """Fails the requests of a worker that neither sends tokens nor finishes steps. Long prefills and a long queue
         give no tokens either, so silence makes the router ask whether steps go on."""
-        client = link.client
+        client = member.client
         if client is None or client.num_requests == 0:
             return
         silent_s = asyncio.get_running_loop().time() - client.heard_at
@@ -202,20 +213,20 @@ class Pool:
                 f"{client.peer} at {client.address} gave no token and finished no step for {self._deadline_s:g} s "
                 f"(the router's deadline_s)"
             )
-        elif silent_s > min(1.0, self._deadline_s / 4) and (link.task is None or link.task.done()):
-            link.task = asyncio.create_task(self._probe(link, client))
+        elif silent_s > min(1.0, self._deadline_s / 4) and (member.task is None or member.task.done()):
+            member.task = asyncio.create_task(self._probe(member, client))
 
-    async def _probe(self, link: Link, client: AttentionClient) -> None:
-        before = link.status
-        await self._ask(link, client)
-        if before is not None and link.status is not None and link.status.steps > before.steps:
+    async def _probe(self, member: Member, client: AttentionClient) -> None:
+        before = member.status
+        await self._ask(member, client)
+        if before is not None and member.status is not None and member.status.steps > before.steps:
             client.heard_at = asyncio.get_running_loop().time()
         await asyncio.sleep(min(1.0, self._deadline_s / 4))  # one question at a time, and not too many
 
     def _ailment(self, worker: WorkerView) -> str:
-        link = self._links.get(worker.rank)
+        member = self._members.get(worker.rank)
         if worker.state != "ready":
             return f"is {worker.state}" + (f" ({worker.message})" if worker.message else "")
-        if link is not None and link.client is not None and link.client.lost:
-            return f"is lost ({link.client.lost})"
+        if member is not None and member.client is not None and member.client.lost:
+            return f"is lost ({member.client.lost})"
         return "is not connected yet"

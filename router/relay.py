@@ -12,17 +12,17 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 
 from afd.errors import RequestError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
 from afd.types import GenerateOutput, GenerateRequest, SamplingParams
 from router.chat import ChatTemplate
-from router.choice import Choice, Delta
+from router.choice import Choice, Delta, TextRules
 from router.metrics import Metrics
 from router.pool import Pool
-from router.schema import ChatRequest, CompletionRequest, Request, SamplingDefaults
+from router.sampling import SamplingDefaults
+from router.schema import ChatRequest, CompletionRequest, Request
 from router.settings import RouterSettings
 from router.tokenizer import Tokenizer, off_loop
 
@@ -37,7 +37,7 @@ class Job:
     prompts: tuple[tuple[int, ...], ...]
     sampling: tuple[SamplingParams, ...]  # one per prompt: max_tokens may depend on its length
     n: int
-    stops: tuple[str, ...]
+    rules: TextRules = field(default_factory=TextRules)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -47,7 +47,7 @@ class Job:
         """Fresh choices, in the order of their index. A seed is offset by the choice's place among the n of a prompt,
         so that choices differ and equal prompts have equal answers."""
         return [
-            Choice(i * self.n + j, self._worker_request(i, j), self.stops, tokenizer)
+            Choice(i * self.n + j, self._worker_request(i, j), self.rules, tokenizer)
             for i in range(len(self.prompts))
             for j in range(self.n)
         ]
@@ -88,11 +88,11 @@ class Stream:
             deltas = [self._accept(output) for output in outputs if output.request_id in self._running]
         return deltas
 
-    def cancel(self) -> None:
-        """Ends at the workers what has not ended by itself."""
+    def cancel(self, reason: str) -> None:
+        """Ends at the workers what has not ended by itself, counted as `reason` in the metrics."""
         for request_id, (_, client) in self._running.items():
             client.cancel(request_id)
-            self._metrics.finished("abort", time.perf_counter() - self._started)
+            self._metrics.finished(reason, time.perf_counter() - self._started)
         self._running.clear()
 
     def _accept(self, output: GenerateOutput) -> Delta:
@@ -143,35 +143,54 @@ class Relay:
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
+    @property
+    def max_context(self) -> int:
+        """Tokens, prompt and answer together, of the longest request served now."""
+        return self._pool.max_context(self._settings.max_context)
+
     async def chat_job(self, job_id: str, request: ChatRequest) -> Job:
         """Raises RequestError. The answer may by default take the rest of the context."""
-        messages = [message.for_template() for message in request.messages]
-        num_chars = sum(len(message.content) for message in request.messages)
-        ids = await off_loop(lambda: self._tokenizer.encode(self._template.render(messages), special=False), num_chars)
+
+        def tokenize() -> list[int]:
+            text = self._template.render(
+                [message.for_template() for message in request.messages],
+                add_generation_prompt=request.add_generation_prompt is not False,
+                variables=request.chat_template_kwargs or {},
+            )
+            return self._tokenizer.encode(text, special=bool(request.add_special_tokens))
+
+        ids = await off_loop(tokenize, sum(len(message.content) for message in request.messages))
         return self._job(job_id, request, [ids], "messages", self._settings.max_context)
 
     async def completion_job(self, job_id: str, request: CompletionRequest) -> Job:
         """Raises RequestError."""
-        prompts = []
-        for prompt in request.prompt:
+        special = request.add_special_tokens is not False
+
+        def token_ids(prompt: str | list[int]) -> list[int]:
             if isinstance(prompt, str):
-                ids = await off_loop(partial(self._tokenizer.encode, prompt, special=True), len(prompt))
-            else:
-                self._check_vocabulary(prompt, "prompt")
-                ids = prompt
-            prompts.append(ids)
+                return self._tokenizer.encode(prompt, special=special)
+            self._check_vocabulary(prompt, "prompt")
+            return prompt
+
+        prompts = await off_loop(
+            lambda: [token_ids(prompt) for prompt in request.prompt], sum(map(len, request.prompt))
+        )
         return self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS)
 
     @asynccontextmanager
     async def open(self, job: Job) -> AsyncIterator[Stream]:
         """Starts the job. Raises Unavailable when no worker can take it."""
         stream = Stream(job, self._metrics)
+        unfinished = "abort"
         self._num_open += 1
         try:
             stream.submit(job.choices(self._tokenizer), self._pool)
             yield stream
+        except Exception:
+            unfinished = "error"  # one choice failed, and with it the others
+            raise
         finally:
-            stream.cancel()
+            stream.cancel(unfinished)
             self._num_open -= 1
             self._closed_one.set()
 
@@ -191,18 +210,21 @@ class Relay:
 
     def _job(self, job_id: str, request: Request, prompts: list[list[int]], param: str, default_tokens: int) -> Job:
         self._check_vocabulary(request.stop_token_ids or [], "stop_token_ids")
+        context = self.max_context
         sampling = []
         for ids in prompts:
             if not ids:
                 raise RequestError(f"{param} holds no tokens", param=param, code="empty_prompt")
             limit = request.token_limit
-            room = self._settings.max_context - len(ids)
+            room = context - len(ids)
             if room < (limit or 1):
                 raise RequestError(
-                    f"this model's context is {self._settings.max_context} tokens, but the prompt has {len(ids)} and "
+                    f"this server's context is {context} tokens, but the prompt has {len(ids)} and "
                     f"the answer may have {limit or 'at least 1'}; shorten {param} or lower max_tokens",
                     param=param,
                     code="context_length_exceeded",
                 )
             sampling.append(self._defaults.sampling(request, min(default_tokens, room) if limit is None else limit))
-        return Job(job_id, tuple(map(tuple, prompts)), tuple(sampling), request.n or 1, tuple(request.stop))
+        keep_special = request.skip_special_tokens is False
+        rules = TextRules(tuple(request.stop), bool(request.include_stop_str_in_output), keep_special)
+        return Job(job_id, tuple(map(tuple, prompts)), tuple(sampling), request.n or 1, rules)

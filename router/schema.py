@@ -1,44 +1,76 @@
 """The requests of the OpenAI API that this router understands, with vLLM's extensions. JSON in, checked values out.
 
-Nothing is ignored silently: a field is understood, is one of IGNORED (says nothing about the answer), holds the value
-that means "off" (OFF_VALUES), or is refused by name.
+A field is understood, is one of IGNORED (says nothing about the answer), or is known and not implemented: then it may
+hold only a value that means "off" (OFF_VALUES) and is refused by name otherwise. Fields that nobody knows are dropped,
+as vLLM does, with a line in the debug log.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from typing import Annotated, Literal, TypeVar
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from afd.errors import CheckpointError, RequestError
-from afd.rpc.convert import check_sampling
-from afd.types import SamplingParams
+from afd.errors import RequestError
 
-MAX_CHOICES = 128  # n
+log = logging.getLogger(__name__)
+
+MAX_N = 128
+MAX_CHOICES = 1024  # prompts times n
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 
 IGNORED = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+    {
+        "cache_salt",
+        "include_reasoning",
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "spaces_between_special_tokens",  # tokenizer.json decides it
+        "store",
+        "user",
+    }
 )
 # Fields of the API that this server does not implement, and the values of them that ask for nothing.
 OFF_VALUES: dict[str, tuple[object, ...]] = {
+    "allowed_token_ids": (None, []),
     "audio": (None,),
+    "bad_words": (None, []),
     "best_of": (None, 1),
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
     "echo": (None, False),
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1),
     "logit_bias": (None, {}),
     "modalities": (None, ["text"]),
     "prediction": (None,),
+    "priority": (None, 0),
+    "prompt_embeds": (None,),
+    "prompt_logprobs": (None,),
     "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
+    "return_tokens_as_token_ids": (None, False),
+    "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
+    "truncate_prompt_tokens": (None,),
+    "use_beam_search": (None, False),
     "verbosity": (None,),
     "web_search_options": (None,),
 }
@@ -86,12 +118,19 @@ def _text(value: object) -> object:
     return "\n".join(texts)
 
 
+def _off(value: object) -> object:
+    if value:
+        raise ValueError("must be false, for this server does not implement it")
+    return value
+
+
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
+    continuous_usage_stats: Annotated[bool | None, BeforeValidator(_off)] = None
 
 
 class Message(BaseModel):
@@ -120,7 +159,7 @@ class _Generation(_Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    n: int | None = Field(None, ge=1, le=MAX_N)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
@@ -131,6 +170,9 @@ class _Generation(_Body):
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    add_special_tokens: bool | None = None
 
     @property
     def token_limit(self) -> int | None:
@@ -152,6 +194,8 @@ class ChatRequest(_Generation):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, object] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -202,8 +246,10 @@ def _implemented(data: Mapping[str, object], kind: type[_Generation]) -> dict[st
         if name in OFF_VALUES and name not in kind.model_fields:
             if value not in OFF_VALUES[name] and not (name == "best_of" and value == data.get("n")):
                 raise RequestError(f"{name} is not supported by this server", param=name, code="unsupported_parameter")
-        elif name not in IGNORED:
+        elif name in kind.model_fields:
             fields[name] = value
+        elif name not in IGNORED:
+            log.debug("ignored the unknown request field %.80r", name)
     messages = fields.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
         for name in ("tool_calls", "function_call", "audio"):
@@ -221,6 +267,14 @@ def _check_together(request: Request) -> None:
         raise RequestError("stream_options is only for requests with stream: true", param="stream_options")
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs is only for requests with logprobs: true", param="top_logprobs")
+    num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
+    if (num_choices := num_prompts * (request.n or 1)) > MAX_CHOICES:
+        raise RequestError(
+            f"prompt holds {num_prompts} prompts and n is {request.n or 1}: {num_choices} choices, but one request may "
+            f"ask for {MAX_CHOICES} at most; send several requests",
+            param="prompt",
+            code="too_many_choices",
+        )
     limit = request.token_limit
     if limit is not None and (request.min_tokens or 0) > limit:
         raise RequestError(f"min_tokens is {request.min_tokens} but the answer may have {limit}", param="min_tokens")
@@ -234,64 +288,7 @@ def _explain(error: ValidationError) -> RequestError:
         place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
     if item["type"] == "missing":
         return RequestError(f"{place} is missing", param=place, code="missing_required_parameter")
-    if item["type"] == "extra_forbidden":
-        return RequestError(f"unknown request field {place}", param=place, code="unknown_parameter")
     value = repr(item["input"])
     value = value if len(value) <= 60 else f"{value[:57]}..."
     problem = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return RequestError(f"{place} is {value}: {problem[:1].lower()}{problem[1:]}", param=place, code="invalid_value")
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """What the model's generation_config.json says of sampling, for requests that do not."""
-
-    values: SamplingParams
-
-    @classmethod
-    def read(cls, generation_config: Mapping[str, object]) -> SamplingDefaults:
-        """Raises CheckpointError for a value that is not a number, or outside its range."""
-
-        def number(name: str, default: float) -> float:
-            value = generation_config.get(name)
-            if value is None:
-                return default
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise CheckpointError(f"{name} in generation_config is {value!r}, not a number")
-            return value
-
-        values = SamplingParams(
-            temperature=number("temperature", 1.0),
-            top_p=number("top_p", 1.0),
-            top_k=max(0, int(number("top_k", 0))),
-            min_p=number("min_p", 0.0),
-            repetition_penalty=number("repetition_penalty", 1.0),
-        )
-        try:
-            check_sampling(values)
-        except RequestError as error:
-            raise CheckpointError(f"generation_config: {error}") from error
-        return cls(values)
-
-    def sampling(self, request: Request, max_tokens: int) -> SamplingParams:
-        """The parameters of `request` for an answer of at most `max_tokens` tokens."""
-        return replace(
-            self.values,
-            max_tokens=max_tokens,
-            min_tokens=min(request.min_tokens or 0, max_tokens),
-            temperature=_given(request.temperature, self.values.temperature),
-            top_p=_given(request.top_p, self.values.top_p),
-            top_k=self.values.top_k if request.top_k is None else max(0, request.top_k),
-            min_p=_given(request.min_p, self.values.min_p),
-            seed=None if request.seed is None else request.seed % 2**64,
-            repetition_penalty=_given(request.repetition_penalty, self.values.repetition_penalty),
-            frequency_penalty=request.frequency_penalty or 0.0,
-            presence_penalty=request.presence_penalty or 0.0,
-            ignore_eos=bool(request.ignore_eos),
-            stop_token_ids=tuple(request.stop_token_ids or ()),
-            logprobs=request.num_logprobs,
-        )
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value

@@ -9,11 +9,13 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
-    """`tokenizer_config` and `generation_config` are the model's JSON files of those names, parsed ({}: it has none).
+    """`tokenizer_config` and `generation_config` are the model's JSON files of those names, parsed ({}: it has none);
+    in the former, chat_template is one template and every *_token a plain string.
 
-    `max_context` is in tokens, prompt and answer together. `vocab_size` is the model's: token ids at or above it are
-    refused. `deadline_s`: how long an attention worker with requests may go without a token or a finished step before
-    its requests are failed; make it longer than the workers' own deadlines, whose errors say more.
+    `max_context` is in tokens, prompt and answer together; where an attention worker takes less, that counts.
+    `vocab_size` is the model's: token ids at or above it are refused. `deadline_s`: how long an attention worker with
+    requests may go without a token or a finished step before its requests are failed; make it longer than the workers'
+    own deadlines, whose errors say more.
     """
 
     model_name: str
@@ -22,7 +24,7 @@ class RouterSettings:
     tokenizer_json: Path
     tokenizer_config: Mapping[str, object] = field(default_factory=dict)
     generation_config: Mapping[str, object] = field(default_factory=dict)
-    policy: str = "least_loaded"
+    policy: str = "least_loaded"  # a name in policy.POLICIES; for programs that embed the router, no setting sets it
     drain_s: float = 5.0  # how long requests in flight may finish on shutdown
     deadline_s: float = 60.0
     connect_s: float = 10.0  # longest wait for an attention worker to accept the router's connection

@@ -9,14 +9,15 @@ class StopStrings:
     """Holds back text that may be the beginning of a stop string, until it is known not to be.
 
     The stop string whose last character comes first ends the text; of two that end together, the one that begins
-    first. Text from the stop string on is never given out.
+    first. Text from the stop string on is never given out, except, with `keep`, the stop string itself.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, keep: bool = False) -> None:
         assert all(stops), "an empty stop string would stop everything"
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
         self._held = ""
+        self._keep = keep
 
     def push(self, text: str) -> tuple[str, str | None]:
         """The text that is now certain, and the stop string that was found (after which nothing more is pushed)."""
@@ -25,8 +26,8 @@ class StopStrings:
         buffer = self._held + text
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := buffer.find(stop)) >= 0]
         if found:
-            _, at, stop = min(found)
-            return buffer[:at], stop
+            end, at, stop = min(found)
+            return buffer[: end if self._keep else at], stop
         held = self._length_to_hold(buffer)
         self._held = buffer[len(buffer) - held :]
         return buffer[: len(buffer) - held], None

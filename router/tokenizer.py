@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,9 +41,9 @@ class Tokenizer:
         tokens written out in the text are recognised either way."""
         return self._tokenizer.encode(text, add_special_tokens=special).ids
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens; U+FFFD stands for bytes that are no character."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Text, without special tokens unless `special`; U+FFFD stands for bytes that are no character."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=not special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for, special tokens by their name; b"" for an id the tokenizer does not have."""
@@ -87,24 +88,25 @@ class Detokenizer:
     _PROMPT_TAIL = 4  # tokens of the prompt that give the first token its neighbour
     _PATIENCE = 16  # tokens without a whole character (one has at most 4 bytes) are damaged for good
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, special: bool = False) -> None:
+        """`special`: special tokens are text too."""
+        self._decode = partial(tokenizer.decode, special=special)
         self._window = list(prompt_token_ids[-self._PROMPT_TAIL :])
-        self._shown = len(tokenizer.decode(self._window).rstrip(_UNFINISHED))  # characters of the window given out
+        self._shown = len(self._decode(self._window).rstrip(_UNFINISHED))  # characters of the window given out
         self._fresh = 0  # tokens at the end of the window that were not there when it started
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; "" for a special token or a part of a character."""
+        """The text that `token_id` completes; "" for a part of a character, or a special token that is no text."""
         self._window.append(token_id)
         self._fresh += 1
-        text = self._tokenizer.decode(self._window)
+        text = self._decode(self._window)
         whole = text.rstrip(_UNFINISHED)
         if self._fresh >= self._PATIENCE:
             whole = text
         piece = whole[self._shown :]
         if (piece and len(whole) == len(text)) or self._fresh >= self._PATIENCE:
             self._window = self._window[-self._fresh :]
-            self._shown = len(self._tokenizer.decode(self._window))
+            self._shown = len(self._decode(self._window))
             self._fresh = 0
         else:
             self._shown += len(piece)
@@ -112,7 +114,7 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is left when no more tokens come."""
-        return self._tokenizer.decode(self._window)[self._shown :]
+        return self._decode(self._window)[self._shown :]
 
 
 async def off_loop(work: Callable[[], T], num_chars: int) -> T:

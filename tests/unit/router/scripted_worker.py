@@ -103,6 +103,7 @@ class ScriptedWorker(AttentionServicer):
         self.cancelled: queue.Queue[str] = queue.Queue()
         self.streams_ended: queue.Queue[None] = queue.Queue()
         self.steps = 0
+        self.max_context = 0  # in Status; 0: does not say
         self.on_status: Callable[[], None] = lambda: None
         self.steps_on_status = 0  # how many steps every Status call finds done since the last
         self._do(self._start())
@@ -161,7 +162,15 @@ class ScriptedWorker(AttentionServicer):
         self.on_status()
         self.steps += self.steps_on_status
         return status_to_proto(
-            AttentionStatus(self.attention_rank, running=1, waiting=2, blocks_total=64, blocks_used=3, steps=self.steps)
+            AttentionStatus(
+                self.attention_rank,
+                running=1,
+                waiting=2,
+                blocks_total=64,
+                blocks_used=3,
+                steps=self.steps,
+                max_context=self.max_context,
+            )
         )
 
 

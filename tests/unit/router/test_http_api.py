@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -174,6 +175,71 @@ def test_a_stop_token_of_the_request_is_reported_and_eos_is_not(router, worker, 
     worker.script = say("yes<|im_end|>", stop_token_id=eos)
     choice = router.http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT}).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("yes", "stop", None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "Paris is "),
+        ({"include_stop_str_in_output": True}, "Paris is the"),
+        ({"stop": None}, "Paris is the city"),
+        ({"stop": None, "skip_special_tokens": False}, "Paris<|im_start|> is the city"),
+        ({"stop": None, "include_stop_str_in_output": True}, "Paris is the city"),
+        (
+            {"stop": None, "include_stop_str_in_output": True, "skip_special_tokens": False},
+            "Paris<|im_start|> is the city<|im_end|>",
+        ),
+    ],
+)
+def test_special_tokens_and_what_stopped_the_answer_are_shown_on_request(router, worker, say, tokenizer, fields, text):
+    [eos] = ids(tokenizer, "<|im_end|>")
+    worker.script = say("Paris<|im_start|> is the city<|im_end|>", stop_token_id=eos)
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 64, "stop": "the", **fields}
+    assert router.http.post("/v1/completions", json=body).json()["choices"][0]["text"] == text
+
+
+def test_a_chat_may_leave_the_assistants_turn_closed_and_set_template_variables(start, settings, worker, tokenizer):
+    template = "{{ messages[0]['content'] }}{{ mood }}{% if add_generation_prompt %}:{% endif %}"
+    router = start(replace(settings, tokenizer_config={"chat_template": template}), worker)
+    body = {"model": "tiny", "messages": CHAT, "add_special_tokens": False}
+    for fields, text in (
+        ({}, f"{PROMPT}:"),
+        ({"add_generation_prompt": False}, PROMPT),
+        ({"chat_template_kwargs": {"mood": "!"}}, f"{PROMPT}!:"),
+    ):
+        router.http.post("/v1/chat/completions", json={**body, **fields}).raise_for_status()
+        assert list(worker.submitted.get(timeout=5).prompt_token_ids) == ids(tokenizer, text)
+
+
+def test_a_prompt_of_many_texts_is_encoded_in_one_go_on_another_thread(router, monkeypatch):
+    tokenizer, threads = router.gateway._relay.tokenizer, []
+    encode = tokenizer.encode
+
+    def spy(text, **kwargs):
+        threads.append(threading.get_ident())
+        return encode(text, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "encode", spy)
+    body = {"model": "tiny", "prompt": ["the capital of France " * 8] * 100, "max_tokens": 1}
+    assert router.http.post("/v1/completions", json=body).status_code == 200
+    assert len(threads) == 100
+    assert len(set(threads)) == 1
+    assert router._thread.ident not in threads
+
+
+def test_special_tokens_around_a_prompt_are_the_clients_choice(router, monkeypatch):
+    tokenizer, asked = router.gateway._relay.tokenizer, []
+    encode = tokenizer.encode
+
+    def spy(text, *, special):
+        asked.append(special)
+        return encode(text, special=special)
+
+    monkeypatch.setattr(tokenizer, "encode", spy)
+    for path, prompt in (("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": CHAT})):
+        for fields in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+            router.http.post(f"/v1/{path}", json={"model": "tiny", **prompt, **fields}).raise_for_status()
+    assert asked == [True, True, False, False, True, False]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import openai
 import pytest
-from scripted_worker import refuse
+from scripted_worker import ScriptedWorker, refuse
 
 CHAT = [{"role": "user", "content": "hi"}]
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
@@ -56,9 +56,14 @@ def refused(response, status, param, *words):
         ({"stop_token_ids": [512]}, "stop_token_ids", "511"),
         ({"stream": "yes"}, "stream", "'yes'"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream: true"),
-        ({"stream": True, "stream_options": {"more": 1}}, "stream_options.more", "unknown"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+            "does not implement",
+        ),
         ({"model": 5}, "model", "5"),
-        ({"frobnicate": 1}, "frobnicate", "unknown"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
+        ({"skip_special_tokens": "no"}, "skip_special_tokens", "'no'"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
         ({"tools": [{}]}, "tools", "not supported"),
@@ -90,6 +95,7 @@ def test_a_bad_field_is_named_by_both_endpoints(router, fields, param, word):
         ({"echo": True}, "echo", "not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3}, "best_of", "not supported"),
+        ({"prompt": ["a"] * 513, "n": 2}, "prompt", "1024"),
     ],
 )
 def test_a_bad_field_of_completions_is_named(router, fields, param, word):
@@ -110,6 +116,8 @@ def test_a_bad_field_of_completions_is_named(router, fields, param, word):
         ({"top_logprobs": 3}, "top_logprobs", "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "0"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "dictionary"),
+        ({"continue_final_message": True}, "continue_final_message", "not supported"),
     ],
 )
 def test_a_bad_field_of_chat_is_named(router, fields, param, word):
@@ -127,6 +135,30 @@ def test_fields_that_ask_for_nothing_are_accepted(router):
     parts = [{"role": "developer", "content": [{"type": "text", "text": "be brief"}]}]
     body = {"model": "tiny", "messages": parts + history, "logprobs": False}
     assert router.http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_switches_of_vllm_that_are_off_are_accepted_by_both_endpoints(router):
+    switches = {
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
+        "include_stop_str_in_output": False,
+        "echo": False,
+        "truncate_prompt_tokens": None,
+        "priority": 0,
+        "request_id": "mine",
+        "stream": True,
+        "stream_options": {"include_obfuscation": False, "continuous_usage_stats": False},
+    }
+    for path, body in (("completions", {"prompt": "hi"}), ("chat/completions", {"messages": CHAT})):
+        response = router.http.post(f"/v1/{path}", json={"model": "tiny", **body, **switches})
+        assert response.status_code == 200, response.text
+
+
+def test_a_field_that_nobody_knows_is_dropped_with_a_line_in_the_debug_log(router, caplog):
+    with caplog.at_level(logging.DEBUG, "router.schema"):
+        body = {"model": "tiny", "prompt": "hi", "frobnicate": {"a": 1}}
+        assert router.http.post("/v1/completions", json=body).status_code == 200
+    assert "'frobnicate'" in caplog.text
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"\xff\xfe", b"[1]", b'"text"', b'{"prompt": NaN}'])
@@ -164,6 +196,24 @@ def test_more_tokens_than_the_context_are_refused_with_the_lengths(router):
 def test_the_default_length_shrinks_to_the_rest_of_the_context(router, worker):
     assert router.http.post("/v1/completions", json={"model": "tiny", "prompt": [7] * 250}).status_code == 200
     assert worker.submitted.get(timeout=5).sampling.max_tokens == 6
+
+
+def test_a_worker_with_a_smaller_context_than_the_model_sets_the_limit_of_all(start, settings, worker):
+    worker.max_context = 100
+    roomy, silent = ScriptedWorker(worker.script, 1), ScriptedWorker(worker.script, 2)
+    roomy.max_context = 1000
+    router = start(settings, worker, roomy, silent)
+    try:
+        assert router.openai.models.list().data[0].max_model_len == 100
+        body = {"model": "tiny", "prompt": [7] * 90, "max_tokens": 11}
+        code = refused(router.http.post("/v1/completions", json=body), 400, "prompt", "100", "90", "11")
+        assert code == "context_length_exceeded"
+        assert router.http.post("/v1/completions", json={"model": "tiny", "prompt": [7] * 90}).status_code == 200
+        took = [request for each in (worker, roomy, silent) for request in each.submitted.queue]
+        assert [request.sampling.max_tokens for request in took] == [10]
+    finally:
+        roomy.die()
+        silent.die()
 
 
 def test_unknown_routes_and_wrong_methods_are_refused_in_the_same_shape(router):

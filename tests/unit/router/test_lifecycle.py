@@ -18,7 +18,7 @@ import pytest
 from scripted_worker import Say, ScriptedWorker, cluster, endless, silent
 
 from afd.errors import ClusterError, ConfigError
-from afd.types import Role, WorkerView
+from afd.types import GenerateOutput, Role, WorkerView
 from router.app import Server, bind
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -119,10 +119,10 @@ def test_a_worker_that_comes_back_elsewhere_serves_again(router, worker, say):
 
 
 def test_a_broken_stream_to_a_living_worker_is_opened_again(router, worker):
-    client = router.gateway.pool.links[0].client
+    client = router.gateway.pool.members[0].client
     client._call.cancel()
     worker.streams_ended.get(timeout=5)
-    eventually(lambda: router.gateway.pool.links and router.gateway.pool.links[0].client is not client, "replaced")
+    eventually(lambda: router.gateway.pool.members and router.gateway.pool.members[0].client is not client, "replaced")
     eventually(lambda: router.http.get("/health").status_code == 200, "healthy again")
     assert router.openai.chat.completions.create(**CHAT).choices[0].message.content
 
@@ -159,7 +159,7 @@ def test_a_draining_worker_finishes_its_requests_and_gets_no_more(start, setting
         lines = response.iter_lines()
         next(lines)
         router.view = cluster(worker.view("draining"), other.view())
-        eventually(lambda: not router.gateway.pool.links[0].usable, "seen draining")
+        eventually(lambda: not router.gateway.pool.members[0].usable, "seen draining")
         for _ in range(3):
             answer = router.openai.chat.completions.create(**CHAT)
             assert answer.choices[0].message.content == "from the other"
@@ -230,6 +230,37 @@ def test_a_request_that_outlives_the_drain_is_told(start, settings, worker):
     assert "shutting down" in error["message"]
     router.join()
     worker.streams_ended.get(timeout=5)
+
+
+def test_a_cluster_that_became_ready_after_the_server_was_made_is_served_at_once(settings, worker):
+    """The view is not polled again within this test."""
+    views = [cluster(worker.view("starting"))]
+    seen = queue.Queue()
+
+    def ask(url: str) -> None:
+        seen.put(httpx.post(f"{url}/v1/chat/completions", json=CHAT))
+        server.stop()
+
+    ready = lambda url: threading.Thread(target=ask, args=(url,), daemon=True).start()  # noqa: E731
+    server = Server(replace(settings, poll_s=60.0), lambda: views[-1], bind("127.0.0.1", 0), on_ready=ready)
+    views.append(cluster(worker.view()))
+    server.run()
+    response = seen.get(timeout=15)
+    assert response.status_code == 200, response.text
+
+
+def test_when_one_choice_fails_its_siblings_count_as_failed_too(router, worker):
+    async def one_fails(request):
+        if request.request_id.endswith("-1"):
+            yield GenerateOutput(request.request_id, (), "error", error="broken")
+        async for output in endless(request):
+            yield output
+
+    worker.script = one_fails
+    assert router.http.post("/v1/completions", json={**PROMPT, "n": 3}).status_code == 503
+    text = router.http.get("/metrics").text
+    assert 'afd_request_success_total{finished_reason="error"} 3.0' in text
+    assert "abort" not in [line.split('"')[1] for line in text.splitlines() if "finished_reason=" in line]
 
 
 def test_stop_before_run_means_run_returns_at_once(settings, worker):

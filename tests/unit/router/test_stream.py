@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 from afd.types import GenerateOutput, SampledToken, SamplingParams
+from router.choice import TextRules
 from router.metrics import Metrics
 from router.relay import Job, Stream
 
@@ -26,7 +27,7 @@ def test_what_a_stopped_choice_still_sends_does_not_end_the_others(tokenizer):
     the end of the answer."""
 
     async def play():
-        worker, job = OneWorker(), Job("j", ((5,),), (SamplingParams(),), n=2, stops=("a",))
+        worker, job = OneWorker(), Job("j", ((5,),), (SamplingParams(),), n=2, rules=TextRules(stops=("a",)))
         stream = Stream(job, Metrics())
         stream.submit(job.choices(tokenizer), worker)
         a, b = (SampledToken(*tokenizer.encode(text, special=False)) for text in "ab")

@@ -46,6 +46,12 @@ def test_a_stop_string_is_found_wherever_the_pieces_are_cut(text, stops, cuts):
     assert run_stops(stops, pieces_of(text, cuts)) == expected
 
 
+def test_a_stop_string_that_is_kept_comes_out_whole():
+    matcher = StopStrings(["</end>"], keep=True)
+    assert matcher.push("hello </e") == ("hello ", None)
+    assert matcher.push("nd> more") == ("</end>", "</end>")
+
+
 def test_only_text_that_may_begin_a_stop_string_is_held_back():
     matcher = StopStrings(["</end>"])
     assert matcher.push("hello <") == ("hello ", None)
@@ -146,7 +152,7 @@ def render(template, messages=({"role": "user", "content": "hi"},), **config):
 
 def test_a_template_is_rendered_with_the_models_special_tokens_and_an_open_assistant_turn():
     assert render(CHAT_TEMPLATE) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert render("{{ bos_token }}{{ eos_token }}", bos_token="<s>", eos_token={"content": "</s>"}) == "<s></s>"
+    assert render("{{ bos_token }}{{ eos_token }}", bos_token="<s>", eos_token="</s>") == "<s></s>"
 
 
 def test_templates_may_use_what_hugging_face_gives_them():
@@ -155,7 +161,19 @@ def test_templates_may_use_what_hugging_face_gives_them():
     assert render("{{ messages | tojson }}", [{"a": "<é>"}]) == '[{"a": "<é>"}]'
     assert render("{% generation %}words{% endgeneration %}") == "words"
     assert len(render("{{ strftime_now('%Y') }}")) == 4
-    assert render([{"name": "tools", "template": "t"}, {"name": "default", "template": "d"}]) == "d"
+
+
+def test_a_request_may_set_the_variables_of_the_template_but_not_the_messages():
+    template = ChatTemplate({"chat_template": "{{ messages[0].content }} {{ mood }} {{ add_generation_prompt }}"})
+    messages = [{"content": "hi"}]
+    assert template.render(messages) == "hi  True"
+    assert template.render(messages, add_generation_prompt=False) == "hi  False"
+    assert template.render(messages, variables={"mood": "glad", "messages": [], "self": 1}) == "hi glad True"
+
+
+def test_a_template_that_is_no_text_stops_the_start():
+    with pytest.raises(CheckpointError, match="chat_template in tokenizer_config is a list"):
+        render([])
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox():
