@@ -9,10 +9,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from afd.errors import ConfigError
 from afd.topology import Sharding, Topology
@@ -21,7 +21,12 @@ TransportKind = Literal["auto", "shm", "grpc", "inproc"]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Count = Annotated[int, Field(ge=1)]
+Gib = Annotated[float, Field(gt=0)]
+Amount = Annotated[float, Field(ge=0)]
 
 
 class Resources(_Section):
@@ -30,21 +35,21 @@ class Resources(_Section):
     num_cpus: float = Field(1.0, ge=0)
     num_gpus: float = Field(0.0, ge=0)
     accelerator_type: str | None = None
-    custom: dict[str, float] = Field(default_factory=dict)
+    custom: dict[str, Amount] = Field(default_factory=dict)
 
 
 class AttentionSection(_Section):
     """Attention workers. A step of one microbatch computes at most `max_batch_tokens` tokens (decodes and prefill
     chunks together), which is also the largest frame on the wire."""
 
-    microbatches: int = Field(3, ge=1, le=64)
+    microbatches: int = Field(2, ge=1, le=64)
     block_size: int = Field(16, ge=1, le=1024)  # tokens per KV block
-    kv_cache_gib: float | Literal["auto"] = "auto"
+    kv_cache_gib: Gib | Literal["auto"] = "auto"
     max_batch_tokens: int = Field(512, ge=1, le=65536)
     max_running: int = Field(256, ge=1)  # requests that hold KV blocks
     max_waiting: int = Field(4096, ge=1)  # requests in the queue; past it a request is refused
-    max_context: int | Literal["auto"] = "auto"  # tokens, prompt and answer; auto: the model's own
-    threads: int | Literal["auto"] = "auto"
+    max_context: Count | Literal["auto"] = "auto"  # tokens, prompt and answer; auto: the model's own
+    threads: Count | Literal["auto"] = "auto"
     resources: Resources = Resources()
 
 
@@ -54,15 +59,21 @@ class FfnSection(_Section):
     sharding: Sharding = "ep"
     tp: int | None = Field(None, ge=1)
     gather_window_us: int = Field(200, ge=0, le=1_000_000)
-    threads: int | Literal["auto"] = "auto"
+    threads: Count | Literal["auto"] = "auto"
     resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _tp_is_of_hybrid(self) -> FfnSection:
+        if self.tp is not None and self.sharding != "hybrid":
+            raise ValueError(f"tp {self.tp} is the TP degree of hybrid sharding, but sharding is {self.sharding}")
+        return self
 
 
 class TransportSection(_Section):
     """How activations travel. `auto` chooses per pair of workers: shared memory on one host, gRPC between hosts."""
 
     kind: TransportKind = "auto"
-    bind: str = "127.0.0.1"  # address gRPC listens on, and is told to peers
+    bind: str = Field("127.0.0.1", min_length=1)  # address gRPC listens on, and is told to peers
     connect_s: float = Field(60.0, gt=0)
     deadline_s: float = Field(30.0, gt=0)  # longest wait for one answer
     spin_us: int = Field(50, ge=0, le=1_000_000)  # poll this long before sleeping
@@ -78,7 +89,7 @@ class ClusterSection(_Section):
 class RouterSection(_Section):
     """The HTTP front door."""
 
-    host: str = "127.0.0.1"
+    host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
     drain_s: float = Field(5.0, ge=0)  # how long in-flight requests may finish on shutdown
 
@@ -146,7 +157,8 @@ def parse(data: Mapping[str, Any], source: str) -> Deployment:
 
 
 def _explain(item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
+    # Without the names that pydantic gives to the members of a union, such as "literal['auto']".
+    place = ".".join(part for part in map(str, item["loc"]) if not part.startswith(("constrained-", "literal[")))
     if item["type"] != "extra_forbidden":
         return f"{place} is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
     places = list(_keys(Deployment))

@@ -8,12 +8,14 @@ its parent, however that died.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 from afd import log
 from afd.cluster.servant import Servant
@@ -35,13 +37,13 @@ def main() -> None:
         log.setup(name)
         _serve(connection, Servant(name, role, args))
     except (EOFError, OSError):
-        pass
-    finally:
-        # Not sys.exit: threads of a role that nobody stopped must not keep the process.
-        os._exit(0)
+        os._exit(0)  # not sys.exit: threads of a role that nobody stopped must not keep the process
+    except BaseException:
+        logging.getLogger(__name__).exception("the worker process failed")
+        os._exit(1)
 
 
-def _serve(connection: Connection, servant: Servant) -> None:
+def _serve(connection: Connection, servant: Servant) -> NoReturn:
     sending = threading.Lock()
 
     def answer(call_id: int, method: str, args: tuple[object, ...]) -> None:
@@ -56,12 +58,9 @@ def _serve(connection: Connection, servant: Servant) -> None:
             with sending:
                 connection.send((call_id, (None, refusal)))
 
-    with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
-        while True:
-            try:
-                pool.submit(answer, *connection.recv())
-            except (EOFError, OSError):
-                os._exit(0)
+    pool = ThreadPoolExecutor(CALLS_AT_ONCE)  # never waited for: a call that hangs must not keep the process
+    while True:
+        pool.submit(answer, *connection.recv())
 
 
 def _die_with(parent: int) -> None:

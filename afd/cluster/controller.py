@@ -10,6 +10,7 @@ import logging
 import secrets
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.25  # how often each worker is asked; a death is known after at most two
 CONNECT_MARGIN_S = 10.0  # a worker's own transport.connect_s runs out first and has the better sentence
 STOP_MARGIN_S = 1.5  # for a worker to end after draining, before it is killed
+END_S = 5.0  # for the controller's own thread to end once no worker lives
 
 
 class Cluster(Protocol):
@@ -70,6 +72,7 @@ class Controller:
         self._ready: Future[None] = Future()
         self._stopping = threading.Event()
         self._membership = threading.Lock()
+        self._noting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
 
     def begin(self) -> None:
@@ -95,7 +98,9 @@ class Controller:
         self._stopping.set()
         self._end_workers(drain_s)
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(END_S)
+            if self._thread.is_alive():
+                log.warning("the controller's thread did not end within %g s of its workers; it is left behind", END_S)
 
     def _run(self) -> None:
         try:
@@ -120,6 +125,8 @@ class Controller:
         for (role, rank), future in starts.items():
             future.add_done_callback(lambda f, key=(role, rank): self._started(key, f))  # type: ignore[misc]
         self._gather(starts, self._deployment.cluster.start_s, "start", "cluster.start_s")
+        for key, future in starts.items():  # a future wakes who waits for it before it runs its callbacks
+            self._started(key, future)
 
     def _spawn(self, role: Role, rank: int) -> _Worker:
         path = self._roles.ffn if role is Role.FFN else self._roles.attention
@@ -134,16 +141,19 @@ class Controller:
         return worker
 
     def _started(self, key: tuple[Role, int], future: Future[Any]) -> None:
-        """Notes the address a worker's start gave; runs in whichever thread ended the call."""
+        """Notes the address a worker's start gave, once; runs in whichever thread ended the call."""
         if future.exception() is not None:
             return
         worker, address = self._workers[key], future.result()
-        worker.started = True
-        if isinstance(address, FfnAddress):
-            worker.ffn_address = address
-            worker.view = replace(worker.view, state="ready")
-        else:  # an attention worker can serve only once it is connected
-            worker.view = replace(worker.view, address=address)
+        with self._noting:
+            if worker.started:
+                return
+            if isinstance(address, FfnAddress):
+                worker.ffn_address = address
+                worker.view = replace(worker.view, state="ready")
+            else:  # an attention worker can serve only once it is connected
+                worker.view = replace(worker.view, address=address)
+            worker.started = True
 
     def _connect(self) -> None:
         """Lets every attention worker shake hands with every FFN worker."""
@@ -151,18 +161,35 @@ class Controller:
         attention = self._of(Role.ATTENTION)
         calls = {(Role.ATTENTION, w.view.rank): w.handle.submit("connect", addresses) for w in attention}
         timeout_s = self._deployment.transport.connect_s + CONNECT_MARGIN_S
-        self._gather(calls, timeout_s, "connect to the FFN workers", "transport.connect_s")
+        self._gather(calls, timeout_s, "connect to the FFN workers", "transport.connect_s", self._of(Role.FFN))
         for worker in attention:
             worker.view = replace(worker.view, state="ready")
 
-    def _gather(self, calls: dict[tuple[Role, int], Future[Any]], timeout_s: float, what: str, knob: str) -> None:
-        """Waits for all calls; raises the first failure, or ClusterError when the time is over."""
-        done, late = wait(calls.values(), timeout_s, FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        if late:
-            names = ", ".join(self._workers[key].handle.name for key, future in calls.items() if future in late)
-            raise ClusterError(f"{names} did not {what} within {timeout_s:g} s ({knob})")
+    def _gather(
+        self,
+        calls: dict[tuple[Role, int], Future[Any]],
+        timeout_s: float,
+        what: str,
+        knob: str,
+        watched: Sequence[_Worker] = (),
+    ) -> None:
+        """Waits for all calls; raises the first failure, or ClusterError when the time is over or a `watched` worker,
+        which no call asks, is lost."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = deadline - time.monotonic()
+            done, late = wait(calls.values(), max(0.0, min(POLL_S, left_s)), FIRST_EXCEPTION)
+            for worker in watched:
+                self._check(worker)
+                if worker.view.state == "lost":  # before the calls' own failures, which only follow from it
+                    raise ClusterError(worker.view.message)
+            for future in done:
+                future.result()
+            if not late:
+                return
+            if left_s <= 0:
+                names = ", ".join(self._workers[key].handle.name for key, future in calls.items() if future in late)
+                raise ClusterError(f"{names} did not {what} within {timeout_s:g} s ({knob})")
 
     def _check(self, worker: _Worker) -> None:
         """Asks for a worker's status, or reads the answer to the last question."""

@@ -1,7 +1,7 @@
 """`afd serve`: from a deployment to a running server and back to nothing.
 
-The order is that of what fails soonest: the model's files, the topology, the port, then the workers, then the router,
-which runs in this process until a signal ends it.
+The order is that of what fails soonest: the model's files, the topology, the port, the router's tokenizer, then
+the workers; the router runs in this process until a signal ends it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
@@ -54,14 +54,16 @@ def serve(deployment: Deployment, roles: Roles = Roles()) -> None:  # noqa: B008
     with (
         closing(router.bind(deployment.router.host, deployment.router.port)) as door,
         _signals() as quitting,
-        open_cluster(deployment, roles) as cluster,
     ):
-        quitting.listen()  # again: Ray has put its own handler in the way
-        if not _until_ready(cluster, quitting, console):
-            return
-        console.print(f"workers ready in {time.monotonic() - started:.1f} s")
-        announce = partial(_announce, deployment, files.name)
-        _run(router.Server(settings, cluster.view, door, on_ready=announce), settings.drain_s, quitting)
+        watched = _Watched(ClusterView(0, deployment.model, deployment.topology))
+        server = router.Server(settings, watched.view, door, on_ready=partial(_announce, deployment, files.name))
+        with open_cluster(deployment, roles) as cluster:
+            watched.cluster = cluster
+            quitting.listen()  # again: Ray has put its own handler in the way
+            if not _until_ready(cluster, quitting, console):
+                return
+            console.print(f"workers ready in {time.monotonic() - started:.1f} s")
+            _run(server, settings.drain_s, quitting)
 
 
 def open_cluster(deployment: Deployment, roles: Roles = Roles()) -> AbstractContextManager[Cluster]:  # noqa: B008
@@ -88,19 +90,32 @@ def prepared(name: str, console: Console) -> library.ModelFiles:
 
 def prepare(name: str, console: Console, force: bool = False) -> None:
     """Prepares a named model with a progress bar on `console`. Raises ModelError."""
+    with_progress("preparing", name, console, lambda report: library.prepare(name, report, force))
+
+
+def with_progress(doing: str, name: str, console: Console, work: Callable[[library.Progress], object]) -> None:
+    """Runs `work` on a model; what it reports moves a progress bar. Raises what `work` does."""
     columns = (
-        TextColumn("preparing {task.fields[model]}"),
+        TextColumn("{task.fields[doing]} {task.fields[model]}"),
         BarColumn(),
         DownloadColumn(),
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=None, model=name)
-        library.prepare(
-            name,
-            lambda done, total, what: progress.update(task, completed=done, total=total or None, description=what),
-            force,
-        )
+        task = progress.add_task("", total=None, doing=doing, model=name)
+        work(lambda done, total, what: progress.update(task, completed=done, total=total or None, description=what))
+
+
+class _Watched:
+    """A view for the router, which is built before the cluster is opened: `nobody` until there is a cluster."""
+
+    def __init__(self, nobody: ClusterView) -> None:
+        self.cluster: Cluster | None = None
+        self._nobody = nobody
+
+    def view(self) -> ClusterView:
+        """Cluster.view."""
+        return self.cluster.view() if self.cluster else self._nobody
 
 
 class _Quit:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import shutil
+import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -32,6 +33,13 @@ for _name in (
     "RAY_memory_monitor_refresh_ms",
 ):
     os.environ.setdefault(_name, "0")
+if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:  # a Ray of our own; in its actors Ray is there
+    # Despite its name, on every system: at "0" Ray takes 127.0.0.1 for this machine's address, and all its processes
+    # listen there alone. (It resolves the argument of ray.init that is meant for this to an outer address.)
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # It answers only who has the token, which is in no file: this process and its children hold it.
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 
 import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
@@ -53,7 +61,7 @@ CALLS_AT_ONCE = 8  # start or stop may take long; status must get through meanwh
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; calls here are a few hundred bytes
 END_S = 3.0  # for a killed actor to be gone
 ASK_S = 10.0  # longest wait for the controller's answer
-VIEW_AGE_S = 0.1  # a view younger than this is not asked for again
+WATCH_S = 0.2  # how often the controller is asked for the view
 
 
 class RayServant(Servant):
@@ -72,10 +80,11 @@ class RayServant(Servant):
 
 
 class RayHandle(Handle):
-    """An actor. `pid` and `node` become known once Ray has placed it."""
+    """An actor. `pid` and `node` become known once Ray has placed it, `died` once a call fails of its death."""
 
     def __init__(self, name: str, actor: Any) -> None:
         self.name = name
+        self.died = False
         self._actor = actor
         actor.identity.remote().future().add_done_callback(self._placed)
 
@@ -99,6 +108,7 @@ class RayHandle(Handle):
         if error is None:
             outcome: Outcome = done.result()
             return outcome
+        self.died = self.died or isinstance(error, (ActorDiedError, OutOfMemoryError))
         who = f"{self.name} (pid {self.pid} on {self.node})" if self.pid else self.name
         if isinstance(error, OutOfMemoryError):
             return None, ClusterError(f"{who} was killed by Ray for want of memory")
@@ -110,7 +120,7 @@ class RayHandle(Handle):
 class RayHost(Host):
     """Starts workers as actors. Holds nothing, so that it can be sent to the controller's own actor."""
 
-    def spawn(self, name: str, role: str, args: tuple[object, ...], resources: Resources) -> Handle:
+    def spawn(self, name: str, role: str, args: tuple[object, ...], resources: Resources) -> RayHandle:
         actor = ray.remote(RayServant).options(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
@@ -137,7 +147,8 @@ class RayController(Controller):
 
 
 class RayCluster:
-    """The driver's end of the controller actor (afd.cluster.controller.Cluster)."""
+    """The driver's end of the controller actor (afd.cluster.controller.Cluster). A thread of its own keeps the view
+    fresh, so that a controller that is slow to answer holds nobody up."""
 
     def __init__(self, deployment: Deployment, roles: Roles) -> None:
         epoch = new_epoch()
@@ -145,33 +156,48 @@ class RayCluster:
         nothing = Resources(num_cpus=0)
         self._controller = RayHost().spawn("controller", path, (deployment, roles, epoch), nothing)
         self._view = ClusterView(epoch, deployment.model, deployment.topology)
-        self._view_at = -math.inf
-        self._asking = threading.Lock()
+        self._asking = threading.Lock()  # so that no older view is stored over a newer one
+        self._ended = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="watches the controller", daemon=True)
+        self._watcher.start()
 
     def wait_ready(self, timeout_s: float) -> bool:
         """See Cluster."""
         ready: bool = self._controller.call("wait_ready", timeout_s, timeout_s=timeout_s + ASK_S)
+        if ready:
+            self._refresh()
         return ready
 
     def view(self) -> ClusterView:
-        """See Cluster. When the controller is gone, so are its actors: all are shown as lost."""
-        with self._asking:
-            if time.monotonic() - self._view_at > VIEW_AGE_S:
-                try:
-                    self._view = self._controller.call("view", timeout_s=ASK_S)
-                except ClusterError as error:
-                    lost = tuple(replace(w, state="lost", message=str(error)) for w in self._view.workers)
-                    self._view = replace(self._view, workers=lost)
-                self._view_at = time.monotonic()
-            return self._view
+        """See Cluster: what the controller said last, at once. When it is gone, so are its actors: all are lost."""
+        return self._view
 
     def stop(self, drain_s: float) -> None:
         """See Cluster."""
+        if self._ended.is_set():
+            return
         try:
             self._controller.call("stop", drain_s, timeout_s=drain_s + ASK_S)
         except ClusterError as error:
             log.warning("the controller did not stop the workers (%s); Ray ends them", error)
+        self._ended.set()
         self._controller.kill()
+        self._watcher.join(ASK_S)
+
+    def _refresh(self) -> None:
+        with self._asking:
+            self._view = self._controller.call("view", timeout_s=ASK_S)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(WATCH_S):
+            try:
+                self._refresh()
+            except ClusterError as error:
+                if self._ended.is_set() or not self._controller.died:
+                    continue  # late is not dead: what was seen last stands
+                lost = tuple(replace(w, state="lost", message=str(error)) for w in self._view.workers)
+                self._view = replace(self._view, workers=lost)
+                return
 
 
 @contextmanager
@@ -218,6 +244,7 @@ def _start(deployment: Deployment, folder: str) -> None:
     """A Ray on this machine alone, with as many logical CPUs as the workers reserve, whatever the machine has."""
     ray.init(
         address="local",
+        _node_ip_address="127.0.0.1",
         num_cpus=math.ceil(demand(deployment).get("CPU", 0.0)) or 1,
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import httpx
 
-from afd.commands.http import check, client
+from afd.commands.http import check, client, fetch, foreign
 from afd.errors import AfdError, Unavailable
 
 Message = dict[str, str]
@@ -18,7 +18,10 @@ Message = dict[str, str]
 def chat(prompt: str | None, url: str, temperature: float) -> None:
     """Asks `prompt` and returns; without one, talks until end of input. Raises RequestError, Unavailable."""
     with client(url) as session:
-        model = str(check(session.get("/v1/models")).json()["data"][0]["id"])
+        try:
+            model = str(fetch(session, "/v1/models")["data"][0]["id"])
+        except (KeyError, IndexError, TypeError) as error:
+            raise foreign(url) from error
         if prompt is not None:
             _answer(session, model, temperature, [{"role": "user", "content": prompt}])
         else:
@@ -72,9 +75,13 @@ def _pieces(response: httpx.Response) -> Iterator[str]:
         data = line.removeprefix("data:").strip()
         if data == "[DONE]":
             return
-        event = json.loads(data)
-        if "error" in event:
-            raise Unavailable(str(event["error"]["message"]))
-        for choice in event["choices"]:
-            yield choice["delta"].get("content") or ""
+        try:
+            event = json.loads(data)
+            problem = event["error"]["message"] if "error" in event else ""
+            texts = [] if problem else [str(choice["delta"].get("content") or "") for choice in event["choices"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise foreign(str(response.url)) from error
+        if problem:
+            raise Unavailable(str(problem))
+        yield from texts
     raise Unavailable("the server ended the answer in the middle")

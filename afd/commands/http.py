@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 
@@ -38,3 +39,20 @@ def check(response: httpx.Response) -> httpx.Response:
     except (ValueError, KeyError, TypeError):
         sentence = response.text.strip()[:200] or response.reason_phrase
     raise RequestError(f"{sentence} (HTTP {response.status_code})", status=response.status_code)
+
+
+def foreign(url: str) -> Unavailable:
+    """The error for an answer that no router of ours gives."""
+    return Unavailable(f"{url} answers, but not as `afd serve` does; say with --url where the router listens")
+
+
+def fetch(session: httpx.Client, path: str) -> dict[str, Any]:
+    """The JSON object at `path`. Raises RequestError for a refusal, Unavailable for anything else."""
+    response = check(session.get(path))
+    try:
+        value = response.json()
+    except ValueError as error:
+        raise foreign(str(session.base_url)) from error
+    if not isinstance(value, dict):
+        raise foreign(str(session.base_url))
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -31,8 +32,14 @@ class Part:
 
 
 def prepare(name: str, force: bool) -> None:
-    """Prepares `name` with a progress bar. Raises ModelError."""
-    launch.prepare(name, Console(stderr=True), force)
+    """Prepares `name` with a progress bar; one that is prepared is read against its checksums instead, unless `force`.
+    Raises ModelError."""
+    console = Console(stderr=True)
+    if not force and any(model.name == name and model.prepared for model in library.known()):
+        launch.with_progress("checking", name, console, partial(library.verify, name))
+        print(f"{name} is prepared in {library.folder(name)}; every file has its checksum")
+        return
+    launch.prepare(name, console, force)
     print(f"{name} is prepared in {library.folder(name)}")
 
 

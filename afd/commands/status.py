@@ -7,25 +7,31 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from afd.commands.http import check, client
+from afd.commands.http import client, fetch, foreign
 
 COLOURS = {"ready": "green", "lost": "red"}
 COUNTERS = ("running", "waiting", "blocks_used", "blocks_total", "generated_tokens")
 
 
 def status(url: str, as_json: bool) -> None:
-    """Prints the router's GET /status. Raises Unavailable when nothing answers at `url`."""
+    """Prints the router's GET /status. Raises Unavailable when nothing, or nobody of ours, answers at `url`."""
     with client(url) as session:
-        view: dict[str, Any] = check(session.get("/status")).json()
+        view = fetch(session, "/status")
+    try:
+        table = _table(view["workers"])
+        heading, problem = f"{view['model']} as {view['topology']}, run {view['epoch']}", str(view["problem"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise foreign(url) from error
     if as_json:
         print(json.dumps(view, indent=2))
         return
     console = Console(highlight=False)
-    console.print(f"{view['model']} as {view['topology']}, run {view['epoch']}", markup=False)
-    if view["problem"]:
-        console.print(view["problem"], style="red", markup=False)
-    console.print(_table(view["workers"]))
+    console.print(heading, markup=False)
+    if problem:
+        console.print(problem, style="red", markup=False)
+    console.print(table)
 
 
 def _table(workers: list[dict[str, Any]]) -> Table:
@@ -38,10 +44,10 @@ def _table(workers: list[dict[str, Any]]) -> Table:
         counters = ", ".join(f"{k} {v}" for k, v in status.items() if k in COUNTERS)
         table.add_row(
             f"{worker['role']}_rank {worker['rank']}",
-            f"[{COLOURS.get(worker['state'], 'yellow')}]{worker['state']}",
+            Text(str(worker["state"]), COLOURS.get(worker["state"], "yellow")),
             str(worker["pid"] or ""),
-            worker["node"],
-            worker["address"],
-            worker["message"] or counters,
+            Text(str(worker["node"])),
+            Text(str(worker["address"])),
+            Text(str(worker["message"] or counters)),  # not as markup: a worker says what it likes
         )
     return table

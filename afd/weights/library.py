@@ -18,9 +18,20 @@ from afd.errors import CheckpointError, ModelError
 from afd.weights import gguf_tokenizer
 from afd.weights.gguf import GgufFile
 from afd.weights.headers import scan
-from afd.weights.prepare import KNOWN, KnownModel, folder, known, prepare, prepared_sizes, verify
+from afd.weights.prepare import KNOWN, KnownModel, Progress, folder, known, prepare, prepared_sizes, verify
 
-__all__ = ["KNOWN", "KnownModel", "ModelFiles", "fingerprint", "folder", "known", "prepare", "resolve", "verify"]
+__all__ = [
+    "KNOWN",
+    "KnownModel",
+    "ModelFiles",
+    "Progress",
+    "fingerprint",
+    "folder",
+    "known",
+    "prepare",
+    "resolve",
+    "verify",
+]
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,10 @@ def _from_folder(name: str, path: Path) -> ModelFiles:
     tokenizer_config = _read_json(path / "tokenizer_config.json")
     template = path / "chat_template.jinja"
     if template.is_file():
-        tokenizer_config["chat_template"] = template.read_text(encoding="utf-8")
+        try:
+            tokenizer_config["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{template} is not readable UTF-8: {error}") from error
     tokenizer = path / "tokenizer.json"
     return ModelFiles(
         name=name,

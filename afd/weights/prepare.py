@@ -10,7 +10,6 @@ import fcntl
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -146,11 +145,8 @@ def _prepare(name: str, target: Path, report: Progress) -> None:
 def _write_llama(gguf: GgufFile, path: Path, report: Progress) -> dict[str, str]:
     size = gguf.path.stat().st_size
     report(0, size, GGUF_NAME)
-    try:
-        os.link(gguf.path, path / GGUF_NAME)
-    except OSError:  # another file system, or one without links
-        _need(path, size)
-        shutil.copyfile(gguf.path, path / GGUF_NAME)
+    _need(path, size)
+    shutil.copyfile(gguf.path, path / GGUF_NAME)  # no link: whoever writes to one file must not change the other
     _write_json(path / "config.json", gguf.hf_config())
     report(size, size, GGUF_NAME)
     return {GGUF_NAME: _sha256(path / GGUF_NAME)}
@@ -220,7 +216,7 @@ def _lock(target: Path, report: Progress) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             report(0, 0, "waiting for another preparation")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX)  # Ctrl-C ends the wait
         yield
 
 

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -51,12 +51,15 @@ BACKENDS = ["local", pytest.param("ray", marks=pytest.mark.ray)]
 class Serve:
     """A running `afd serve`; what it prints on standard error is read at its end."""
 
-    def __init__(self, tmp_path: Path, script: str, *flags: str) -> None:
+    def __init__(self, tmp_path: Path, script: str, *flags: str, damage: Mapping[str, bytes] | None = None) -> None:
+        """`damage` is what files of the model hold instead."""
         model = tmp_path / f"toy {script}"  # toys read their script from the model's name
         model.mkdir()
         (model / "config.json").write_text(json.dumps(CONFIG))
         words = {word: number for number, word in enumerate(["<unk>", "a", "b", "c", "d", "e", "f", "g"])}
         Tokenizer(WordLevel(words, unk_token="<unk>")).save(str(model / "tokenizer.json"))
+        for name, content in (damage or {}).items():
+            (model / name).write_bytes(content)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
         command = [sys.executable, "-c", LAUNCH, "serve", "--model", str(model), "--port", "0", *flags]
         self.process = subprocess.Popen(
@@ -149,6 +152,25 @@ def test_a_taken_port_is_told_before_any_worker_starts(tmp_path: Path, started: 
     assert code == 2
     assert f"127.0.0.1:{port}" in err
     assert "--port" in err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "sentence"),
+    [
+        ("tokenizer.json", b'{"version": "1.0"', "tokenizer.json"),
+        ("chat_template.jinja", b"{% for m in", "chat"),
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja is not readable UTF-8"),
+    ],
+)
+def test_a_damaged_tokenizer_or_chat_template_is_told_before_any_worker_starts(
+    tmp_path: Path, started: list[Serve], file: str, content: bytes, sentence: str
+) -> None:
+    serve = Serve(tmp_path, "ffn0:hang", "--backend", "local", damage={file: content})
+    started.append(serve)
+    code, err = serve.end(within_s=30)
+    assert (code, "Traceback" in err) == (2, False), err
+    assert err.startswith("error: ")
+    assert sentence in err
 
 
 def test_ray_missing_is_told_with_the_way_out(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -15,8 +19,10 @@ import pytest
 from afd import cli
 from afd.models import registry
 from afd.spec import from_config
-from afd.weights import dummy
+from afd.weights import dummy, library
+from afd.weights.prepare import GGUF_NAME, wheel_gguf
 
+ROOT = Path(__file__).parents[2]
 VIEW = {
     "epoch": 7,
     "model": "toy",
@@ -199,6 +205,40 @@ def test_status_shows_every_worker_and_the_problem(
     assert json.loads(capsys.readouterr().out) == VIEW
 
 
+@pytest.mark.parametrize("reply", ["<html>hello</html>", "[]", "{}", '{"data": [], "workers": [3]}'])
+@pytest.mark.parametrize("command", [["status"], ["status", "--json"], ["chat", "hi"]])
+def test_a_server_that_is_none_of_ours_is_one_sentence(
+    router: tuple[type[Router], str], command: list[str], reply: str, monkeypatch: Monkey, capsys: Capture
+) -> None:
+    handler, url = router
+    monkeypatch.setattr(handler, "do_GET", lambda self: self._reply(200, reply))
+    assert afd(monkeypatch, *command, "--url", url) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: http://127.0.0.1:")
+    assert "answers, but not as `afd serve` does" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("event", ["not json", "[]", '{"choices": 3}', '{"error": 3}'])
+def test_an_answer_that_is_no_event_of_ours_is_one_sentence(
+    router: tuple[type[Router], str], event: str, monkeypatch: Monkey, capsys: Capture
+) -> None:
+    router[0].answer = [event]
+    assert afd(monkeypatch, "chat", "hi", "--url", router[1]) == 2
+    assert "answers, but not as `afd serve` does" in capsys.readouterr().err
+
+
+def test_status_shows_a_workers_message_as_it_is(
+    router: tuple[type[Router], str], monkeypatch: Monkey, capsys: Capture
+) -> None:
+    said = "[red]no[/bold]"
+    view = {**VIEW, "workers": [{**VIEW["workers"][0], "message": said}]}  # type: ignore[index]
+    monkeypatch.setattr(router[0], "do_GET", lambda self: self._reply(200, json.dumps(view)))
+    assert afd(monkeypatch, "status", "--url", router[1]) == 0
+    assert said in capsys.readouterr().out
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A folder with a random two-layer qwen3_moe model of 4 experts."""
@@ -244,6 +284,12 @@ def test_model_info_shares_the_model_out_completely(model: Path, monkeypatch: Mo
     assert "tiny-moe (qwen3_moe): 2 layers, 4 experts" in capsys.readouterr().out
 
 
+def test_a_chat_template_that_is_no_text_is_refused(model: Path, monkeypatch: Monkey, capsys: Capture) -> None:
+    (model / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    assert afd(monkeypatch, "model", "info", str(model)) == 2
+    assert "chat_template.jinja is not readable UTF-8" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_topology_the_experts_do_not_divide_into_is_refused(
     model: Path, monkeypatch: Monkey, capsys: Capture
 ) -> None:
@@ -262,3 +308,57 @@ def test_model_list_names_the_known_models(monkeypatch: Monkey, capsys: Capture)
     out = capsys.readouterr().out
     assert "smollm2" in out
     assert "smollm2-step3" in out
+
+
+def test_setup_says_what_is_missing_when_no_whole_environment_can_be_made(tmp_path: Path) -> None:
+    """A Python without ensurepip leaves an environment without pip; that one must not count as made, either."""
+    for name in ("scripts/setup", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1$2" = -mvenv ] || exec {sys.executable} "$@"\n'
+        f"{sys.executable} -m venv --without-pip {tmp_path}/.venv\nexit 1\n"
+    )
+    python.chmod(0o755)
+    for _ in range(2):
+        command, environment = [str(tmp_path / "scripts" / "setup"), "ray"], {**os.environ, "PYTHON": str(python)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert "needs the package python3-venv" in done.stderr
+
+
+@pytest.mark.smollm2
+def test_preparing_again_reads_every_file_against_its_checksum(
+    tmp_path: Path, monkeypatch: Monkey, capsys: Capture
+) -> None:
+    monkeypatch.setenv("AFD_CACHE", str(tmp_path))
+    assert afd(monkeypatch, "model", "prepare", "smollm2") == 0
+    gguf = library.folder("smollm2") / GGUF_NAME
+    assert not gguf.samefile(wheel_gguf()), "a link would let a change here reach the wheel"
+    assert afd(monkeypatch, "model", "prepare", "smollm2") == 0
+    assert "every file has its checksum" in capsys.readouterr().out
+    with gguf.open("r+b") as file:
+        file.seek(50_000_000)
+        file.write(b"changed")
+    assert afd(monkeypatch, "model", "prepare", "smollm2") == 2
+    assert "has changed since; run `afd model prepare --force smollm2`" in " ".join(capsys.readouterr().err.split())
+
+
+def test_waiting_for_another_preparation_is_told_and_can_be_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    with (tmp_path / "models" / ".smollm2.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code = (
+            "from afd.weights.prepare import prepare\n"
+            "prepare('smollm2', lambda done, total, what: print(what, flush=True))"
+        )
+        environment = {**os.environ, "AFD_CACHE": str(tmp_path)}
+        with subprocess.Popen(
+            [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as waiting:
+            assert waiting.stdout is not None
+            assert waiting.stdout.readline() == "waiting for another preparation\n"
+            waiting.send_signal(signal.SIGINT)
+            _, err = waiting.communicate(timeout=20)
+    assert "KeyboardInterrupt" in err

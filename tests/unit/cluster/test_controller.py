@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
+from concurrent.futures import Future
+from contextlib import closing
+from typing import Any
 
+import psutil
 import pytest
 
 from afd.cluster import local
-from afd.config import Deployment
+from afd.cluster.controller import Controller
+from afd.cluster.host import Handle, settle
+from afd.cluster.inproc import ThreadHandle, ThreadHost
+from afd.config import Deployment, Resources
 from afd.errors import CheckpointError, ClusterError
 from afd.types import Role
 from tests.unit.cluster.clusters import TOYS, OpenCluster, eventually, is_gone
@@ -65,6 +75,75 @@ def test_a_worker_that_dies_while_starting_is_named(open_processes: OpenCluster)
         pytest.raises(ClusterError, match=r"^attention_rank 1 .*exited"),
     ):
         cluster.wait_ready(START_S)
+
+
+def test_a_worker_that_dies_while_the_others_connect_ends_it_at_once(open_processes: OpenCluster) -> None:
+    """transport.connect_s is a minute."""
+    with open_processes(deployment("ffn1:vanish attention0:deaf")) as cluster:
+        with pytest.raises(ClusterError, match=r"^ffn_rank 1 .*exited"):
+            cluster.wait_ready(30.0)
+        assert all(is_gone(w.pid, 5.0) for w in cluster.view().workers if w.pid)
+
+
+class Uncalled(Future[Any]):
+    """Whose callbacks are late for ever; who waits for it is woken."""
+
+    def add_done_callback(self, fn: object) -> None:
+        pass
+
+
+class LateHandle(ThreadHandle):
+    def submit(self, method: str, *args: object) -> Future[Any]:
+        answer, late = super().submit(method, *args), Uncalled()
+        answer.add_done_callback(lambda done: settle(late, (done.result(), None)))
+        return late if method == "start" else answer
+
+
+class OddHost(ThreadHost):
+    """Gives handles of the class `kind`."""
+
+    def __init__(self, kind: type[ThreadHandle]) -> None:
+        self._kind = kind
+
+    def spawn(self, name: str, role: str, args: tuple[object, ...], resources: Resources) -> Handle:
+        return self._kind(name, role, args)
+
+
+def test_every_address_is_known_before_connecting_however_late_callbacks_run() -> None:
+    with closing(OddHost(LateHandle)) as host:
+        controller = Controller(deployment(), host, TOYS, epoch=1)
+        controller.begin()
+        try:
+            assert controller.wait_ready(START_S)
+            assert all(w.address for w in controller.view().workers if w.role is Role.ATTENTION)
+        finally:
+            controller.stop(0.0)
+
+
+class StuckHandle(ThreadHandle):
+    """Not even asking it for its status comes to an end."""
+
+    asked = threading.Event()
+    let_go = threading.Event()
+
+    def submit(self, method: str, *args: object) -> Future[Any]:
+        if method == "status":
+            self.asked.set()
+            self.let_go.wait()
+        return super().submit(method, *args)
+
+
+def test_stopping_does_not_wait_for_ever_for_the_controllers_own_thread(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("afd.cluster.controller.END_S", 0.2)
+    with closing(OddHost(StuckHandle)) as host:
+        controller = Controller(deployment(), host, TOYS, epoch=1)
+        controller.begin()
+        assert StuckHandle.asked.wait(START_S)
+        controller.stop(0.0)
+        assert "did not end within 0.2 s" in caplog.text
+        StuckHandle.let_go.set()
 
 
 def test_a_worker_that_never_starts_is_named_with_the_limit_and_the_knob(open_cluster: OpenCluster) -> None:
@@ -143,3 +222,67 @@ def test_when_the_controller_is_gone_every_worker_is_shown_as_lost(open_processe
         assert f"controller (pid {controller}" in cluster.view().problem
         assert {w.state for w in cluster.view().workers} == {"lost"}
         assert all(is_gone(pid, 10.0) for pid in pids), "an actor ends with the one that owns it"
+
+
+@pytest.mark.parametrize("open_cluster", [pytest.param("ray", marks=pytest.mark.ray)], indirect=True)
+def test_a_view_right_after_ready_shows_every_worker_ready(open_cluster: OpenCluster) -> None:
+    with open_cluster(deployment()) as cluster:
+        cluster.view()
+        assert cluster.wait_ready(START_S)
+        assert [w.state for w in cluster.view().workers] == ["ready"] * 4
+
+
+@pytest.mark.parametrize("open_processes", [pytest.param("ray", marks=pytest.mark.ray)], indirect=True)
+def test_a_frozen_controller_holds_nobody_up_and_loses_no_worker(
+    open_processes: OpenCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("afd.cluster.ray_host.ASK_S", 0.3)
+    with open_processes(deployment()) as cluster:
+        assert cluster.wait_ready(START_S)
+        eventually(lambda: cluster._controller.pid, 5.0)  # type: ignore[attr-defined]
+        controller = psutil.Process(cluster._controller.pid)  # type: ignore[attr-defined]
+        controller.suspend()
+        try:
+            frozen_at, slowest_s = time.monotonic(), 0.0
+            while time.monotonic() - frozen_at < 2.0:
+                asked_at = time.monotonic()
+                assert [w.state for w in cluster.view().workers] == ["ready"] * 4
+                slowest_s = max(slowest_s, time.monotonic() - asked_at)
+        finally:
+            controller.resume()
+        assert slowest_s < 0.2
+        victim = cluster.view().workers[0]
+        os.kill(victim.pid, signal.SIGKILL)
+        eventually(lambda: cluster.view().workers[0].state == "lost", 5.0)
+        monkeypatch.undo()
+
+
+def listens(process: psutil.Process) -> set[tuple[str, str]]:
+    """(its name, the address) of every port it listens at."""
+    try:
+        found = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+        return {(process.name(), c.laddr.ip.removeprefix("::ffff:")) for c in found}
+    except psutil.NoSuchProcess:  # Ray ends idle ones
+        return set()
+
+
+@pytest.mark.ray
+def test_a_ray_of_our_own_listens_on_loopback_alone(ray_session: None) -> None:
+    def everything() -> set[tuple[str, str]]:
+        return set().union(*map(listens, [psutil.Process(), *psutil.Process().children(recursive=True)]))
+
+    eventually(lambda: any("Agent" in name for name, _ in everything()), 30.0)
+    assert "raylet" in {name for name, _ in everything()}
+    assert {ip for _, ip in everything()} == {"127.0.0.1"}, sorted(everything())
+
+
+@pytest.mark.ray
+def test_a_ray_of_our_own_answers_only_who_has_its_token(ray_session: None) -> None:
+    assert os.environ["RAY_AUTH_MODE"] == "token"
+    ray = pytest.importorskip("ray")
+    address = ray.get_runtime_context().gcs_address
+    stranger = {**os.environ, "RAY_AUTH_TOKEN": "0" * 64}
+    command = [sys.executable, "-c", f"import ray; ray.init(address={address!r})"]
+    done = subprocess.run(command, env=stranger, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "token" in done.stderr.lower()

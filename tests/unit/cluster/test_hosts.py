@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from concurrent.futures import wait
+from contextlib import closing
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -104,3 +109,19 @@ def test_an_answer_that_cannot_be_sent_is_an_error_of_that_call(host: Host) -> N
         handle.call("return_lock", timeout_s=TIMEOUT_S)
     assert handle.call("greet", "again", timeout_s=TIMEOUT_S) == "hello, again"
     handle.kill()
+
+
+def test_a_worker_process_that_fails_outside_every_call_says_so_and_exits_with_1() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs, closing(Connection(ours.detach())) as connection:
+        connection.send("not what a parent says")
+        child = subprocess.run(
+            [sys.executable, "-m", "afd.cluster.child", str(theirs.fileno()), str(os.getpid())],
+            pass_fds=(theirs.fileno(),),
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert child.returncode == 1
+    assert "the worker process failed" in child.stderr
+    assert "ValueError" in child.stderr

@@ -29,6 +29,8 @@ class Toy:
             os._exit(7)
         if "hang" in self.deeds:
             self.never.wait()
+        if "vanish" in self.deeds:
+            threading.Timer(0.5, os._exit, (7,)).start()
 
     def status(self) -> dict[str, object]:
         lost = "lose" in self.deeds
@@ -54,6 +56,8 @@ class ToyAttention(Toy):
         return f"127.0.0.1:{self.rank + 1}"  # nobody listens there
 
     def connect(self, ffn: Sequence[FfnAddress]) -> None:
+        if "deaf" in self.deeds:
+            self.never.wait()
         if [address.inproc for address in ffn] != [f"toy {rank}" for rank in range(self.num_ffn)]:
             raise ClusterError(f"these are not all the FFN workers, in order: {ffn}")
 
