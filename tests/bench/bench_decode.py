@@ -1,6 +1,6 @@
 """Decode throughput of 1A1F over the real HTTP path, beside the same model whole in one process with all cores.
 
-    PYTHONPATH=. python tests/bench/bench_decode.py [--model NAME] [--streams 1 8 32 64] [--microbatches 1 2 3] [--rounds 3]
+    PYTHONPATH=. python tests/bench/bench_decode.py [--model NAME] [--streams 1 8 32 64] [--microbatches 1 2 3]
 
 Each stream has a prompt of random token ids (--prompt, 128) and decodes greedily. The decode rate is taken while all
 streams decode: tokens that arrived between the last stream's first token and the first stream's last one. All
