@@ -16,6 +16,7 @@ import pytest
 from afd.cluster.host import Handle, Host
 from afd.config import Resources
 from afd.errors import CheckpointError, ClusterError, PeerLost
+from tests.unit.cluster.clusters import eventually
 
 NOTHING = Resources(num_cpus=0)
 TOYS = "tests.unit.cluster.toys"
@@ -94,9 +95,11 @@ def test_a_process_killed_from_outside_fails_its_open_calls_at_once(host: Host) 
     handle = spawn(host)
     pid = handle.call("pid", timeout_s=TIMEOUT_S)
     assert pid != os.getpid()
+    # Ray tells a handle where its actor runs in a message of its own, which may come after an answer.
+    eventually(lambda: handle.pid == pid, TIMEOUT_S)
     waiting = handle.submit("wait")
     os.kill(pid, signal.SIGKILL)
-    assert wait([waiting], 1.0).done
+    assert wait([waiting], 5.0).done
     with pytest.raises(ClusterError, match=rf"^ffn_rank 3 \(pid {pid}.*\) exited"):
         waiting.result()
     handle.kill()
