@@ -202,7 +202,8 @@ def _router_settings(router: Any, deployment: Deployment, files: library.ModelFi
 
 
 def _announce(deployment: Deployment, model: str, url: str) -> None:
-    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    question = '"messages": [{"role": "user", "content": "What is the capital of France?"}]'
+    body = f'{{"model": "{model}", "temperature": 0, {question}}}'
     print(f"{model} ({deployment.topology}) is served at {url}/v1 ; Ctrl-C ends it. Try:")
     print(f"  afd chat --url {url}")
     print(f"  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'", flush=True)
