@@ -175,6 +175,8 @@ def _run(server: Any, drain_s: float, quitting: _Quit) -> None:
     threading.Thread(target=run, name="router", daemon=True).start()
     while not ended.done() and not quitting.count:
         wait([ended], TICK_S)
+    if quitting.count:
+        log.info("shutting down; requests in flight may finish for %g s, Ctrl-C again ends them now", drain_s)
     server.stop()
     patience = time.monotonic() + drain_s + DRAIN_MARGIN_S
     while not ended.done() and quitting.count < 2 and time.monotonic() < patience:
