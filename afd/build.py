@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
+from ctypes import CDLL
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +18,7 @@ from afd import spec as specs
 from afd.config import Deployment
 from afd.errors import CheckpointError
 from afd.models import registry
+from afd.native.halves import attention_fits, kernels_for
 from afd.spec import ModelSpec
 from afd.topology import FfnShard, ffn_shards
 from afd.torch_dtypes import TORCH_DTYPES
@@ -66,6 +68,14 @@ class Plan:
             max_tokens=self.deployment.attention.max_batch_tokens,
             microbatches=self.deployment.attention.microbatches,
         )
+
+
+def attention_kernels(plan: Plan, block_size: int) -> CDLL | None:
+    """The compiled kernels, where an attention worker can compute with them; None: plain torch does."""
+    spec = plan.spec
+    kernels = kernels_for(plan.device, plan.torch_dtype, spec.hidden)
+    fits = kernels and attention_fits(kernels, spec.attention.head_dim, block_size, spec.attention.q_rank)
+    return kernels if fits else None
 
 
 class _Handover(dict[str, Tensor]):

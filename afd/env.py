@@ -11,8 +11,10 @@ from afd.errors import ConfigError
 
 KNOWN = {
     "AFD_CACHE": "folder for prepared models (default ~/.cache/afd)",
+    "AFD_KERNELS": "auto: compiled CPU kernels where there is a compiler; native: insist on them; plain: torch only",
     "AFD_LOG": "log level: debug, info, warning or error (default info)",
 }
+KERNELS = ("auto", "native", "plain")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -20,6 +22,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 class Environment:
     cache: Path
     log_level: str
+    kernels: str
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Environment:
@@ -27,7 +30,15 @@ def read(environ: Mapping[str, str] = os.environ) -> Environment:
     unknown = sorted(k for k in environ if k.startswith("AFD_") and k not in KNOWN)
     if unknown:
         raise ConfigError(f"unknown environment variable {unknown[0]}; known are {', '.join(KNOWN)}")
-    level = environ.get("AFD_LOG", "info").lower()
-    if level not in LOG_LEVELS:
-        raise ConfigError(f"AFD_LOG is {level!r}; choose one of {', '.join(LOG_LEVELS)}")
-    return Environment(cache=Path(environ.get("AFD_CACHE") or "~/.cache/afd").expanduser(), log_level=level)
+
+    def choice(name: str, choices: tuple[str, ...], default: str) -> str:
+        value = environ.get(name, default).lower()
+        if value not in choices:
+            raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
+        return value
+
+    return Environment(
+        cache=Path(environ.get("AFD_CACHE") or "~/.cache/afd").expanduser(),
+        log_level=choice("AFD_LOG", LOG_LEVELS, "info"),
+        kernels=choice("AFD_KERNELS", KERNELS, "auto"),
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from ctypes import CDLL
 from pathlib import Path
 
 import torch
@@ -38,6 +39,7 @@ class AttentionWorker:
         self.threads = build.num_threads(deployment.attention.threads, workers_on_host)
         self._plan: build.Plan | None = None
         self._model: AttentionHalf | None = None
+        self._kernels: CDLL | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._service = Service(self.status_reply, deployment.transport.bind)
@@ -49,7 +51,8 @@ class AttentionWorker:
         """
         torch.set_num_threads(self.threads)
         self._plan = plan = build.plan(self.deployment)
-        self._model = plan.family.attention(plan.spec, plan.weights(Role.ATTENTION))
+        self._kernels = build.attention_kernels(plan, self.deployment.attention.block_size)
+        self._model = plan.family.attention(plan.spec, plan.weights(Role.ATTENTION), self._kernels)
         return self._service.start()
 
     def connect(self, ffn: Sequence[FfnAddress]) -> None:
@@ -138,7 +141,7 @@ class AttentionWorker:
                     f"and the KV cache holds {num_blocks * settings.block_size} (attention.kv_cache_gib)"
                 )
             max_context = settings.max_context
-        kernel = kernels.kernel("batched")
+        kernel = kernels.kernel("native" if self._kernels else "batched")
         cache = KvCache(spec, num_blocks, settings.block_size, plan.torch_dtype, plan.device, kernel)
         scheduler = Scheduler(
             BlockManager(num_blocks, settings.block_size),

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
+from ctypes import Structure
 
 import torch
 from torch import Tensor
 
 from afd.layers.attention.base import AttentionBatch, PagedAttention
+from afd.native.attention import NativeAttention
 from afd.spec import ModelSpec
 from attention_worker.scheduler import Batch
 
 
 class KvCache:
-    """Keys and values of every layer, each [num_blocks, block_size, kv_heads, head_dim]."""
+    """Keys and values of every layer, as `kernel` lays them out."""
 
     def __init__(
         self,
@@ -24,10 +25,9 @@ class KvCache:
         device: torch.device,
         kernel: PagedAttention,
     ) -> None:
-        shape = (num_blocks, block_size, spec.attention.kv_heads, spec.attention.head_dim)
+        heads, dim = spec.attention.kv_heads, spec.attention.head_dim
         # Not zeroed: memory is taken only when a block is first written, and kernels read no slot that was not.
-        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
-        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(spec.layers)]
+        self.layers = [kernel.allocate(num_blocks, block_size, heads, dim, dtype, device) for _ in range(spec.layers)]
         self.block_size = block_size
         self.device = device
         self.kernel = kernel
@@ -47,19 +47,24 @@ class KvCache:
 
 
 class PagedView:
-    """A KvView (afd.models.halves) over the pages of one batch's sequences."""
+    """A KvView (afd.models.halves) over the pages of one batch's sequences, and a PagedKv."""
 
     def __init__(self, cache: KvCache, batch: AttentionBatch) -> None:
         self._cache = cache
-        self._batch = batch
+        self.batch = batch
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """See KvView.attend."""
-        keys, values = self._cache.keys[layer], self._cache.values[layer]
-        self._cache.kernel.store(keys, values, k, v, self._batch)
-        return self._cache.kernel.attend(q, keys, values, self._batch, scale)
+        keys, values = self._cache.layers[layer]
+        self._cache.kernel.store(keys, values, k, v, self.batch)
+        return self._cache.kernel.attend(q, keys, values, self.batch, scale)
 
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """See PagedKv.cache."""
+        return self._cache.layers[layer]
 
-def positions(batch: Batch) -> list[int]:
-    """The position of every token of `batch` in its own sequence."""
-    return list(itertools.chain.from_iterable(range(c.start, c.start + c.count) for c in batch.chunks))
+    @property
+    def native_step(self) -> Structure:
+        """See PagedKv.native_step."""
+        assert isinstance(self._cache.kernel, NativeAttention), "a compiled layer needs the compiled kernel's cache"
+        return self._cache.kernel.step(self.batch)

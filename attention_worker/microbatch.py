@@ -12,7 +12,7 @@ from torch import Tensor
 from afd.models.halves import AttentionHalf, Routing
 from afd.transport.frame import Frame
 from afd.types import SampledToken
-from attention_worker.kv_cache import KvCache, positions
+from attention_worker.kv_cache import KvCache
 from attention_worker.sampler import Sampler
 from attention_worker.scheduler import Batch, Scheduler
 from attention_worker.sequence import Sequence
@@ -95,11 +95,10 @@ class Microbatch:
         """All layers of one step -> logits [rows, vocab] of the sequences that sample, and those sequences."""
         device = self.cache.device
         token_ids = [t for c in batch.chunks for t in c.sequence.token_ids[c.start : c.start + c.count]]
-        where = torch.tensor(positions(batch), device=device)
         view = self.cache.view(batch)
         hidden = self.model.embed(torch.tensor(token_ids, device=device))  # [tokens, hidden]
         for layer in range(self.model.spec.layers):
-            out = self.model.layer(layer, hidden, where, view)
+            out = self.model.layer(layer, hidden, view.batch.positions, view)
             delta = yield Dispatch(self.steps, layer, out.y, out.routing)
             assert delta is not None, "a microbatch was resumed without its answer"
             hidden = out.residual + delta

@@ -11,6 +11,7 @@ import torch
 from afd import build
 from afd.config import Deployment
 from afd.errors import ClusterError
+from afd.native.halves import kernels_for
 from afd.transport import registry as transports
 from afd.types import FfnAddress, Role
 from ffn_worker.loop import FfnLoop
@@ -35,7 +36,8 @@ class FfnWorker:
         torch.set_num_threads(self.threads)
         plan = build.plan(self.deployment)
         shard = plan.shards[self.ffn_rank]
-        ffn = plan.family.ffn(plan.spec, plan.weights(Role.FFN, shard), shard)
+        kernels = kernels_for(plan.device, plan.torch_dtype, plan.spec.hidden)
+        ffn = plan.family.ffn(plan.spec, plan.weights(Role.FFN, shard), shard, kernels)
         transport = self.deployment.transport
         port = transports.listen(
             transport.kind,

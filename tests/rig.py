@@ -19,6 +19,7 @@ from afd import spec as specs
 from afd.layers.attention.registry import kernel
 from afd.models import registry
 from afd.models.reference import WholeModel
+from afd.native.library import load
 from afd.spec import ModelSpec
 from afd.topology import FfnShard, Topology, ffn_shards
 from afd.transport import registry as transports
@@ -130,8 +131,10 @@ def split(
     max_running: int = 64,
     deadline_s: float = 30.0,
     gather_window_s: float = 2e-4,
+    compiled: bool = False,
 ) -> Iterator[Rig]:
-    """The running system; ends with every thread joined."""
+    """The running system; ends with every thread joined. `compiled`: with the compiled kernels."""
+    kernels = load() if compiled else None
     counts, family = Topology.parse(topology), registry.family(spec.family)
     shards = ffn_shards(counts.ffn, sharding, spec.num_experts)  # type: ignore[arg-type]
     device = torch.device("cpu")
@@ -170,7 +173,7 @@ def split(
         loops, stops = [], []
         for shard in shards:
             stop = stack.enter_context(ExitStack())
-            ffn = family.ffn(spec, cut(spec, weights, Role.FFN, shard), shard)
+            ffn = family.ffn(spec, cut(spec, weights, Role.FFN, shard), shard, kernels)
             port = transports.listen(transport, hello(0, shard.ffn_rank), bind="127.0.0.1", **options)
             loop = FfnLoop(ffn, port, device=device, gather_window_s=gather_window_s)
             stop.callback(port.close)
@@ -181,7 +184,7 @@ def split(
         for attention_rank in range(counts.attention):
             addresses = [loop.port.address for loop in loops]
             port_a = transports.connect(transport, addresses, hello(attention_rank, 0), connect_s=20.0, **options)
-            cache = KvCache(spec, num_blocks, block_size, torch.float32, device, kernel("batched"))
+            cache = KvCache(spec, num_blocks, block_size, torch.float32, device, kernel("native" if kernels else "batched"))
             scheduler = Scheduler(
                 BlockManager(num_blocks, block_size),
                 microbatches=microbatches,
@@ -189,7 +192,7 @@ def split(
                 max_running=max_running,
             )
             engine = Engine(
-                family.attention(spec, cut(spec, weights, Role.ATTENTION)),
+                family.attention(spec, cut(spec, weights, Role.ATTENTION), kernels),
                 cache,
                 scheduler,
                 port_a,

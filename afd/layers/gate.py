@@ -15,13 +15,13 @@ class Gate:
     """
 
     def __init__(self, weight: Tensor, top_k: int, *, renormalise: bool) -> None:
-        self._weight = weight.float()  # [experts, hidden]
+        self.weight = weight.float()  # [experts, hidden]
         self._top_k = top_k
         self._renormalise = renormalise
 
     def __call__(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """y [tokens, hidden] -> expert ids int32 and weights float32, both [tokens, top_k], best expert first."""
-        logits = F.linear(y.float(), self._weight)  # [tokens, experts]
+        logits = F.linear(y.float(), self.weight)  # [tokens, experts]
         ids = logits.sort(dim=-1, descending=True, stable=True).indices[:, : self._top_k]
         weights = logits.softmax(dim=-1).gather(-1, ids)
         if self._renormalise:

@@ -25,11 +25,11 @@ class RotaryEmbedding:
         frequencies, scaling = inverse_frequencies(spec, max_context)
         angles = torch.arange(max_context, dtype=torch.float32)[:, None] * frequencies  # [max_context, dim/2]
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
-        self._table = torch.cat((cos, cos, -sin, sin), dim=-1).to(device, dtype)
+        self.table = torch.cat((cos, cos, -sin, sin), dim=-1).to(device, dtype)
 
     def __call__(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [tokens, heads, dim], positions [tokens] int64 below max_context -> rotated x, contiguous."""
-        cos, sin = self._table.index_select(0, positions)[:, None, :].chunk(2, dim=-1)
+        cos, sin = self.table.index_select(0, positions)[:, None, :].chunk(2, dim=-1)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((second, first), dim=-1).mul_(sin).addcmul_(x, cos)
 

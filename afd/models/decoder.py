@@ -8,19 +8,23 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from ctypes import CDLL
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from afd.layers.attention.base import PagedKv
 from afd.layers.experts import Experts
 from afd.layers.gate import Gate
 from afd.layers.linear import Linear, SwiGlu
 from afd.layers.norm import RmsNorm
 from afd.layers.rope import RotaryEmbedding
 from afd.models.halves import AttentionHalf, AttentionOutput, FfnHalf, KvView, Routing
+from afd.native.halves import AttentionParts, NativeAttentionLayer, NativeFfnLayer, Projections
+from afd.native.packed import PackedLinear
 from afd.spec import ModelSpec
 from afd.topology import FfnShard
 from afd.types import Cut, Role, TensorSpec
@@ -39,6 +43,10 @@ class SelfAttention(Protocol):
 
     def __call__(self, layer: int, x: Tensor, positions: Tensor, kv: KvView) -> Tensor:
         """x [tokens, hidden], normalised -> [tokens, hidden], to be added to the residual"""
+        ...
+
+    def projections(self) -> Projections:
+        """The same weights, for the compiled kernels."""
         ...
 
 
@@ -66,6 +74,10 @@ class GroupedQueryAttention:
         out = kv.attend(layer, q, k, v, dim**-0.5)
         return self._o(out.reshape(x.shape[0], heads * dim))
 
+    def projections(self) -> Projections:
+        q_norm, k_norm = (norm.weight for norm in self._norms) if self._norms else (None, None)
+        return Projections(self._qkv.weight, self._o.weight, self._rope.table, q_norm=q_norm, k_norm=k_norm)
+
 
 @dataclass(frozen=True)
 class _AttentionLayer:
@@ -80,14 +92,16 @@ class DecoderAttentionHalf(AttentionHalf):
 
     gate_name: ClassVar[str] = ""  # after the layer's prefix
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(spec, weights)
+    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], kernels: CDLL | None = None) -> None:
+        super().__init__(spec, weights, kernels)
+        self._kernels = kernels
         self._embedding = weights[EMBEDDING]  # [vocab, hidden]
         device, dtype = self._embedding.device, self._embedding.dtype
         self._rope = RotaryEmbedding(spec.rope, spec.max_context, dtype, device)
         self._layers = [self._build_layer(weights, layer) for layer in range(spec.layers)]
         self._final_norm = RmsNorm(weights[FINAL_NORM], spec.norm_eps)
-        self._head = Linear(self._embedding if spec.tied_head else weights[HEAD])
+        head = self._embedding if spec.tied_head else weights[HEAD]
+        self._head = PackedLinear(kernels, head) if kernels else Linear(head)
 
     @abstractmethod
     def build_attention(self, rope: RotaryEmbedding, weights: Mapping[str, Tensor], prefix: str) -> SelfAttention:
@@ -98,24 +112,41 @@ class DecoderAttentionHalf(AttentionHalf):
 
     def layer(self, layer: int, hidden: Tensor, positions: Tensor, kv: KvView) -> AttentionOutput:
         parts = self._layers[layer]
+        if isinstance(parts, NativeAttentionLayer):
+            residual, y, ids, gate_weights = parts(layer, hidden, paged(kv))
+            return AttentionOutput(
+                residual, y, Routing(ids, gate_weights) if ids is not None and gate_weights is not None else None
+            )
         residual = hidden + parts.attention(layer, parts.input_norm(hidden), positions, kv)
         y = parts.post_norm(residual)
         return AttentionOutput(residual, y, Routing(*parts.gate(y)) if parts.gate else None)
 
     def logits(self, hidden: Tensor) -> Tensor:
+        if isinstance(self._head, PackedLinear):
+            return self._head(self._final_norm(hidden), torch.float32)
         return self._head(self._final_norm(hidden)).float()
 
-    def _build_layer(self, weights: Mapping[str, Tensor], layer: int) -> _AttentionLayer:
+    def _build_layer(self, weights: Mapping[str, Tensor], layer: int) -> _AttentionLayer | NativeAttentionLayer:
         spec, prefix = self.spec, layer_prefix(layer)
         gate = None
         if spec.moe and spec.is_moe(layer):
             gate = Gate(weights[prefix + self.gate_name], spec.top_k, renormalise=spec.moe.renormalise)
-        return _AttentionLayer(
-            RmsNorm(weights[f"{prefix}input_layernorm.weight"], spec.norm_eps),
-            self.build_attention(self._rope, weights, prefix),
-            RmsNorm(weights[f"{prefix}post_attention_layernorm.weight"], spec.norm_eps),
-            gate,
+        input_norm = RmsNorm(weights[f"{prefix}input_layernorm.weight"], spec.norm_eps)
+        attention = self.build_attention(self._rope, weights, prefix)
+        post_norm = RmsNorm(weights[f"{prefix}post_attention_layernorm.weight"], spec.norm_eps)
+        if self._kernels is None:
+            return _AttentionLayer(input_norm, attention, post_norm, gate)
+        parts = AttentionParts(
+            sizes=spec.attention,
+            eps=spec.norm_eps,
+            input_norm=input_norm.weight,
+            post_norm=post_norm.weight,
+            projections=attention.projections(),
+            gate=gate.weight if gate else None,
+            top_k=spec.top_k if gate else 0,
+            renormalise=bool(spec.moe and spec.moe.renormalise),
         )
+        return NativeAttentionLayer(self._kernels, parts)
 
 
 @dataclass(frozen=True)
@@ -129,17 +160,23 @@ class DecoderFfnHalf(FfnHalf):
 
     shared_name: ClassVar[str] = ""  # the shared expert, after the layer's prefix; used where the spec has one
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], shard: FfnShard) -> None:
-        super().__init__(spec, weights, shard)
+    def __init__(
+        self, spec: ModelSpec, weights: Mapping[str, Tensor], shard: FfnShard, kernels: CDLL | None = None
+    ) -> None:
+        super().__init__(spec, weights, shard, kernels)
+        self._kernels = kernels
         self._layers = [self._build_layer(weights, layer) for layer in range(spec.layers)]
 
-    def build_experts(self, weights: Mapping[str, Tensor], prefix: str, first: int, end: int) -> Experts:
-        """Experts first … end - 1 of the layer whose tensor names begin with `prefix`; families with MoE say how."""
+    def expert_weights(self, weights: Mapping[str, Tensor], prefix: str, first: int, end: int) -> SwiGluWeights:
+        """Experts first … end - 1 of the layer whose tensor names begin with `prefix`, stacked: gate and up [experts,
+        width, hidden], down [experts, hidden, width]; families with MoE say how."""
         raise NotImplementedError
 
     def layer(self, layer: int, y: Tensor, routing: Routing | None) -> Tensor | None:
         parts = self._layers[layer]
-        assert (routing is None) == (parts.experts is None), f"layer {layer} and its routing disagree on experts"
+        assert (routing is None) != self.spec.is_moe(layer), f"layer {layer} and its routing disagree on experts"
+        if isinstance(parts, NativeFfnLayer):
+            return parts(y, *((routing.expert_ids, routing.weights) if routing else (None, None)))
         delta = parts.always(y) if parts.always else None
         if parts.experts and routing:
             chosen = parts.experts(y, routing.expert_ids, routing.weights)
@@ -147,16 +184,37 @@ class DecoderFfnHalf(FfnHalf):
                 delta = (chosen if delta is None else chosen.add_(delta)).to(y.dtype)
         return delta
 
-    def _build_layer(self, weights: Mapping[str, Tensor], layer: int) -> _FfnLayer:
-        moe, prefix = self.spec.moe, layer_prefix(layer)
-        if moe is None or not self.spec.is_moe(layer):
-            return _FfnLayer(self._swiglu(weights, prefix + "mlp."), None)
-        shared = self._swiglu(weights, prefix + self.shared_name) if moe.shared_intermediate else None
-        return _FfnLayer(shared, self.build_experts(weights, prefix, *self.shard.bounds(moe.experts, "ep")))
+    def _build_layer(self, weights: Mapping[str, Tensor], layer: int) -> _FfnLayer | NativeFfnLayer:
+        spec, moe, prefix = self.spec, self.spec.moe, layer_prefix(layer)
+        always, experts, first, total = None, None, 0, 0
+        if moe is None or not spec.is_moe(layer):
+            always = _swiglu_weights(weights, prefix + "mlp.")
+        else:
+            if moe.shared_intermediate:
+                always = _swiglu_weights(weights, prefix + self.shared_name)
+            first, end = self.shard.bounds(moe.experts, "ep")
+            experts, total = self.expert_weights(weights, prefix, first, end), moe.experts
+        if self._kernels:
+            dtype = (always or experts)[0].dtype  # type: ignore[index]  # a layer has at least one of them
+            return NativeFfnLayer(self._kernels, spec.hidden, dtype, always, experts, first, total)
+        return _FfnLayer(
+            SwiGlu(*always) if always and always[0].shape[0] else None,
+            Experts(*experts, first=first, total=total) if experts else None,
+        )
 
-    def _swiglu(self, weights: Mapping[str, Tensor], name: str) -> SwiGlu | None:
-        gate, up, down = (weights[f"{name}{part}_proj.weight"] for part in ("gate", "up", "down"))
-        return SwiGlu(gate, up, down) if gate.shape[0] else None
+
+SwiGluWeights = tuple[Tensor, Tensor, Tensor]  # gate, up, down
+
+
+def _swiglu_weights(weights: Mapping[str, Tensor], name: str) -> SwiGluWeights:
+    gate, up, down = (weights[f"{name}{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return gate, up, down
+
+
+def paged(kv: KvView) -> PagedKv:
+    """The paged cache behind a KvView, which compiled layers read and write themselves."""
+    assert hasattr(kv, "native_step"), f"compiled layers attend through a paged cache, not through {type(kv).__name__}"
+    return cast(PagedKv, kv)
 
 
 def attention_tensor(name: str, *shape: int, optional: bool = False) -> TensorSpec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,7 +49,13 @@ class KvView(Protocol):
 class AttentionHalf(ABC):
     """Embedding, every layer's attention, norms and gate, and the LM head. Residuals never leave it."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor]) -> None:  # noqa: ARG002
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],  # noqa: ARG002
+        kernels: CDLL | None = None,  # noqa: ARG002
+    ) -> None:
+        """With `kernels` (afd.native.library) layers are compiled, and attend through a paged cache only."""
         self.spec = spec
 
     @abstractmethod
@@ -67,7 +74,14 @@ class AttentionHalf(ABC):
 class FfnHalf(ABC):
     """This shard's part of every layer's FFN. Keeps nothing between calls."""
 
-    def __init__(self, spec: ModelSpec, weights: Mapping[str, Tensor], shard: FfnShard) -> None:  # noqa: ARG002
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: Mapping[str, Tensor],  # noqa: ARG002
+        shard: FfnShard,
+        kernels: CDLL | None = None,  # noqa: ARG002
+    ) -> None:
+        """With `kernels` (afd.native.library) layers are compiled."""
         self.spec = spec
         self.shard = shard
 

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from afd.layers.experts import Experts
 from afd.layers.rope import RotaryEmbedding
 from afd.models import decoder
-from afd.models.decoder import DecoderAttentionHalf, DecoderFfnHalf, GroupedQueryAttention, layer_prefix
+from afd.models.decoder import DecoderAttentionHalf, DecoderFfnHalf, GroupedQueryAttention, SwiGluWeights, layer_prefix
 from afd.spec import ModelSpec, MoeSpec
 from afd.types import Cut, Role, TensorSpec
 
@@ -47,12 +46,12 @@ class Qwen3MoeAttentionHalf(DecoderAttentionHalf):
 class Qwen3MoeFfnHalf(DecoderFfnHalf):
     """Dense layers or experts; no shared expert."""
 
-    def build_experts(self, weights: Mapping[str, Tensor], prefix: str, first: int, end: int) -> Experts:
+    def expert_weights(self, weights: Mapping[str, Tensor], prefix: str, first: int, end: int) -> SwiGluWeights:
         gate, up, down = (
             torch.stack([weights[_expert_name(prefix, expert, part)] for expert in range(first, end)])
             for part in ("gate", "up", "down")
         )
-        return Experts(gate, up, down, first=first, total=self.spec.num_experts)
+        return gate, up, down
 
 
 def _expert_name(prefix: str, expert: int, part: str) -> str:

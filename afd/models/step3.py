@@ -10,13 +10,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from afd.layers.experts import Experts
 from afd.layers.linear import Linear
 from afd.layers.norm import RmsNorm
 from afd.layers.rope import RotaryEmbedding
 from afd.models import decoder
-from afd.models.decoder import DecoderAttentionHalf, DecoderFfnHalf, layer_prefix
+from afd.models.decoder import DecoderAttentionHalf, DecoderFfnHalf, SwiGluWeights, layer_prefix
 from afd.models.halves import KvView
+from afd.native.halves import Projections
 from afd.spec import ModelSpec, MoeSpec
 from afd.types import Cut, Role, TensorSpec
 
@@ -58,6 +58,11 @@ class MultiMatrixFactorisationAttention:
         out = kv.attend(layer, q, k, v.view(tokens, 1, dim), dim**-0.5)
         return self._o(out.reshape(tokens, heads * dim))
 
+    def projections(self) -> Projections:
+        return Projections(
+            self._down.weight, self._o.weight, self._rope.table, self._inter_norm.weight, self._wq.weight
+        )
+
 
 class Step3AttentionHalf(DecoderAttentionHalf):
     """MFA and the gate."""
@@ -75,10 +80,10 @@ class Step3FfnHalf(DecoderFfnHalf):
 
     shared_name = SHARED
 
-    def build_experts(self, weights: Mapping[str, Tensor], prefix: str, first: int, end: int) -> Experts:
+    def expert_weights(self, weights: Mapping[str, Tensor], prefix: str, first: int, end: int) -> SwiGluWeights:
         gate, up, down = (weights[f"{prefix}moe.{part}_proj.weight"] for part in ("gate", "up", "down"))
         assert gate.shape[0] == end - first, f"{prefix}moe holds {gate.shape[0]} experts, not {end - first}"
-        return Experts(gate, up, down, first=first, total=self.spec.num_experts)
+        return gate, up, down
 
 
 def _mfa_tensors(spec: ModelSpec, prefix: str) -> list[TensorSpec]:

@@ -7,6 +7,7 @@ from functools import cache
 
 import pytest
 
+from afd.native import library as native
 from afd.transport.local import Faults
 from afd.types import SamplingParams
 from tests.rig import finished, split, tiny, weights_of, whole
@@ -45,6 +46,20 @@ def test_every_family_gives_the_whole_models_tokens(family: str, topology: str, 
     prompts, expected = load(family)
     with split(spec, weights_of(spec), topology, sharding) as rig:
         assert rig.generate(prompts, GREEDY) == expected
+
+
+@pytest.mark.skipif(native.load() is None, reason="no C++ compiler, or AFD_KERNELS=plain")
+@pytest.mark.parametrize("transport", ["inproc", "shm"])
+@pytest.mark.parametrize("family", ["step3", "llama", "qwen3_moe"])
+@pytest.mark.parametrize(("topology", "sharding"), [*SHAPES, ("1A3F", "tp")])
+def test_compiled_kernels_give_the_plain_whole_models_tokens(
+    topology: str, sharding: str, family: str, transport: str
+) -> None:
+    spec = tiny(family)
+    prompts, expected = load(family)
+    with split(spec, weights_of(spec), topology, sharding, 3, transport, block_size=16, compiled=True) as rig:
+        assert rig.generate(prompts, GREEDY) == expected
+        rig.check_idle()
 
 
 @pytest.mark.parametrize("ffn", [1, 2, 3, 4])

@@ -9,19 +9,21 @@ from afd.errors import ConfigError
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
-    assert env.read({}) == env.Environment(cache=Path.home() / ".cache" / "afd", log_level="info")
+    assert env.read({}) == env.Environment(cache=Path.home() / ".cache" / "afd", log_level="info", kernels="auto")
 
 
 def test_known_variables_are_read_and_others_without_the_prefix_ignored() -> None:
     read = env.read({"AFD_CACHE": "~/models", "AFD_LOG": "DEBUG", "PATH": "/bin"})
-    assert read == env.Environment(cache=Path.home() / "models", log_level="debug")
+    assert read == env.Environment(cache=Path.home() / "models", log_level="debug", kernels="auto")
 
 
 def test_an_unknown_variable_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown environment variable AFD_LOGS; known are AFD_CACHE, AFD_LOG"):
+    with pytest.raises(ConfigError, match="unknown environment variable AFD_LOGS; known are AFD_CACHE, AFD_KERNELS, AFD_LOG"):
         env.read({"AFD_LOGS": "debug"})
 
 
 def test_a_bad_value_is_refused_with_the_choices() -> None:
+    with pytest.raises(ConfigError, match="AFD_KERNELS is 'fast'; choose one of auto, native, plain"):
+        env.read({"AFD_KERNELS": "fast"})
     with pytest.raises(ConfigError, match="AFD_LOG is 'loud'; choose one of debug, info, warning, error"):
         env.read({"AFD_LOG": "loud"})

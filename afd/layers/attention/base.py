@@ -1,13 +1,14 @@
 """Paged attention: what a step's tokens look like to a kernel, and what every kernel does.
 
-The cache of one layer is two tensors [num_blocks, block_size, kv_heads, head_dim]. A slot is a token's place in
-it: block · block_size + offset. Blocks are handed out by the attention worker's block manager; kernels only read the
+The cache of one layer is two tensors of num_blocks blocks, laid out by the kernel that reads them. A slot is a token's
+place: block · block_size + offset. Blocks are handed out by the attention worker's block manager; kernels only read the
 tables they are given. Slots that no table and length cover may hold anything, NaN included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from ctypes import Structure
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,7 @@ class AttentionBatch:
     context_lens: Tensor  # [sequences] int64, in tokens, this step's included
     block_tables: Tensor  # [sequences, most blocks] int64, padded with 0
     slots: Tensor  # [tokens] int64: where each token's k and v go
+    positions: Tensor  # [tokens] int64: each token's place in its own sequence
     block_size: int  # tokens per block
     query_lengths: tuple[int, ...]  # this step's tokens per sequence
     context_lengths: tuple[int, ...]  # context_lens again
@@ -60,6 +62,7 @@ class AttentionBatch:
             context_lens=torch.from_numpy(contexts).to(device),
             block_tables=torch.from_numpy(tables).to(device),
             slots=torch.from_numpy(slots).to(device),
+            positions=torch.from_numpy(positions).to(device),
             block_size=block_size,
             query_lengths=tuple(query_lengths),
             context_lengths=tuple(context_lengths),
@@ -69,6 +72,12 @@ class AttentionBatch:
 class PagedAttention(Protocol):
     """One kernel. Used by one thread; keeps no reference to caches. Softmax is computed in float32."""
 
+    def allocate(
+        self, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """One layer's keys and values, unwritten. Only this kernel knows how they lie inside a block."""
+        ...
+
     def store(self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
         """Writes k and v [tokens, kv_heads, head_dim] into the caches at batch.slots."""
         ...
@@ -76,4 +85,19 @@ class PagedAttention(Protocol):
     def attend(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, batch: AttentionBatch, scale: float) -> Tensor:
         """q [tokens, heads, head_dim], after `store` -> [tokens, heads, head_dim], same dtype. Each token sees its own
         sequence up to and including itself; query head h reads KV head h // (heads / kv_heads)."""
+        ...
+
+
+class PagedKv(Protocol):
+    """The cache as a step's tokens see it, for layers that are computed as one call; see also KvView."""
+
+    batch: AttentionBatch
+
+    @property
+    def native_step(self) -> Structure:
+        """The batch as the compiled kernels take it (afd.native.library.CStep)."""
+        ...
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of `layer`, as the kernel allocated them."""
         ...

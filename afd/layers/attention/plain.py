@@ -24,8 +24,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.einsum("hgqc,chd->qhgd", weights, v.float()).reshape(queries, heads, dim).to(q.dtype)
 
 
+def allocate(
+    num_blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Keys and values as both kernels here keep them, [num_blocks, block_size, kv_heads, head_dim]."""
+    shape = (num_blocks, block_size, kv_heads, head_dim)
+    return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+
+
 class PlainAttention:
     """The oracle: one sequence after the other."""
+
+    allocate = staticmethod(allocate)
 
     def store(self, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
         k_cache.flatten(0, 1).index_copy_(0, batch.slots, k)

@@ -7,10 +7,21 @@ from collections.abc import Callable
 from afd.errors import ConfigError
 from afd.layers.attention.base import PagedAttention
 from afd.layers.attention.plain import BatchedPlainAttention, PlainAttention
+from afd.native.attention import NativeAttention
+from afd.native.library import load
+
+
+def _native() -> PagedAttention:
+    library = load()
+    if library is None:
+        raise ConfigError("attention kernel 'native' needs a C++ compiler, and AFD_KERNELS other than plain")
+    return NativeAttention(library)
+
 
 KERNELS: dict[str, Callable[[], PagedAttention]] = {
     "plain": PlainAttention,  # the oracle
     "batched": BatchedPlainAttention,
+    "native": _native,  # compiled, for CPUs
 }
 
 
