@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from afd.native.packed import best_columns
 from afd.types import SampledToken, SamplingParams
 from attention_worker.sequence import Sequence
 
@@ -61,7 +62,7 @@ class Sampler:
                 row[held_back] = -torch.inf
 
     def _choose(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
-        best = logits.argmax(dim=-1).tolist()
+        best = best_columns(logits).tolist()
         drawn = [row for row, s in enumerate(sequences) if s.request.sampling.temperature > 0]
         # A draw walks the vocabulary in index order, or by probability when ranks matter. Which of the two must depend
         # on the row's own request, not on its neighbours'.

@@ -8,7 +8,7 @@ from ctypes import byref, c_void_p
 import torch
 from torch import Tensor
 
-from afd.native.library import CLinear
+from afd.native.library import CLinear, load
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -51,3 +51,14 @@ class PackedLinear:
             int(out.dtype is torch.float32), out.data_ptr(),
         )  # fmt: skip
         return out
+
+
+def best_columns(x: Tensor) -> Tensor:
+    """The index [rows] int64 of each row's largest value, the first of equal ones; x [rows, columns] float32."""
+    library = load() if x.device.type == "cpu" else None
+    if library is None:
+        return x.argmax(dim=-1)
+    x, best = x.contiguous(), torch.empty(x.shape[0], dtype=torch.int64)
+    assert x.dtype is torch.float32, f"x is {x.dtype}, not float32"
+    library.afd_best(x.data_ptr(), *x.shape, best.data_ptr())
+    return best

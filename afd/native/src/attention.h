@@ -38,16 +38,30 @@ INLINE int64_t value_offset(int64_t token, int64_t dim) {  // of dimension 0; di
 }
 
 // k and v of one token and KV head, [dim], to slot `token` of a piece.
-template <class T>
-void write_kv(const T* k, const T* v, T* key_piece, T* value_piece, int64_t token, int64_t dim) {
-    T* to = key_piece + key_offset<T>(token, dim);
-    for (int64_t d = 0; d < dim; d++) to[d / DEPTH<T> * GROUP * DEPTH<T> + d % DEPTH<T>] = k[d];
-    to = value_piece + value_offset<T>(token, dim);
-    bool clear = DEPTH<T> == 2 && token % DEPTH<T> == 0;  // the next token is not there yet: tokens come in order
-    for (int64_t d = 0; d < dim; d++) {
-        to[d * DEPTH<T>] = v[d];
-        if (clear) to[d * DEPTH<T> + 1] = T{};
+inline void write_kv(const float* k, const float* v, float* key_piece, float* value_piece, int64_t token, int64_t dim) {
+    float* to = key_piece + key_offset<float>(token, dim);
+    for (int64_t d = 0; d < dim; d++) to[d * GROUP] = k[d];
+    std::memcpy(value_piece + value_offset<float>(token, dim), v, dim * sizeof(float));
+}
+
+inline void write_kv(const bf16* k, const bf16* v, bf16* key_piece, bf16* value_piece, int64_t token, int64_t dim) {
+    bf16* to = key_piece + key_offset<bf16>(token, dim);
+    for (int64_t d = 0; d < dim; d += 2) store(to + d * GROUP, load<uint32_t>(k + d));
+    // Two tokens share a word. The second is not there when the first is written, since tokens come in order: cleared.
+    uint32_t* words = (uint32_t*)(value_piece + token / 2 * dim * 2);
+    for (int64_t d = 0; d < dim; d += LANES) {
+        VecWord word = __builtin_convertvector(load<VecHalf>(v + d), VecWord);
+        store(words + d, token % 2 ? (load<VecWord>(words + d) & 0xffff) | word << 16 : word);
     }
+}
+
+// Fetches, for writing, what write_kv will touch.
+template <class T>
+INLINE void expect_kv(const T* key_piece, const T* value_piece, int64_t token, int64_t dim) {
+    constexpr int64_t LINE = 64 / sizeof(T);
+    for (int64_t i = 0; i < GROUP * dim; i += LINE) __builtin_prefetch(key_piece + token / GROUP * GROUP * dim + i, 1, 2);
+    for (int64_t i = 0; i < DEPTH<T> * dim; i += LINE)
+        __builtin_prefetch(value_piece + token / DEPTH<T> * dim * DEPTH<T> + i, 1, 2);
 }
 
 // The rows of one (sequence, KV head) that are computed together, and their running softmax.
@@ -165,10 +179,12 @@ void turn(Rows<T>& rows, int64_t start, const T* const (&keys)[SPAN / GROUP], co
     }
 }
 
-// One sequence's queries in one KV head. q and out are [tokens, heads, dim] of the whole step.
+// One sequence's queries in one KV head, of items numbered sequence · kv_heads + KV head. q and out are [tokens, heads,
+// dim] of the whole step. `following` is the item whose first pieces are fetched at the end of this one, or -1.
 template <class T>
-void attend(const T* q, T* out, const T* k_cache, const T* v_cache, const Step& step, int64_t sequence, int64_t kv_head,
+void attend(const T* q, T* out, const T* k_cache, const T* v_cache, const Step& step, int64_t item, int64_t following,
             const Heads& h, float scale) {
+    const int64_t sequence = item / h.kv_heads, kv_head = item % h.kv_heads;
     thread_local std::vector<char> room;
     room.resize(ROWS_AT_ONCE * h.dim * (sizeof(T) + sizeof(float)));
     Rows<T> rows;
@@ -176,12 +192,13 @@ void attend(const T* q, T* out, const T* k_cache, const T* v_cache, const Step& 
     rows.q = (T*)(rows.out + ROWS_AT_ONCE * h.dim);
     int64_t per_kv = h.heads / h.kv_heads, from = step.query_starts[sequence];
     int64_t queries = step.query_starts[sequence + 1] - from, context = step.context_lens[sequence];
-    const int64_t* table = step.block_tables + sequence * step.table_stride;
     auto place = [&](int64_t r) { return ((from + r / per_kv) * h.heads + kv_head * per_kv + r % per_kv) * h.dim; };
-    auto find = [&](int64_t start, const T* (&keys)[SPAN / GROUP], const T* (&values)[SPAN / GROUP]) {
+    auto find = [&](int64_t of, int64_t start, const T* (&keys)[SPAN / GROUP], const T* (&values)[SPAN / GROUP]) {
+        const int64_t* table = step.block_tables + of / h.kv_heads * step.table_stride;
+        int64_t last = (step.context_lens[of / h.kv_heads] - 1) / GROUP * GROUP;
         for (int g = 0; g < SPAN / GROUP; g++) {
-            int64_t token = std::min(start + g * GROUP, (context - 1) / GROUP * GROUP);
-            int64_t piece = (table[token / h.block_size] * h.kv_heads + kv_head) * h.piece();
+            int64_t token = std::min(start + g * GROUP, last);
+            int64_t piece = (table[token / h.block_size] * h.kv_heads + of % h.kv_heads) * h.piece();
             keys[g] = k_cache + piece + key_offset<T>(token % h.block_size, h.dim);
             values[g] = v_cache + piece + value_offset<T>(token % h.block_size, h.dim);
         }
@@ -197,11 +214,12 @@ void attend(const T* q, T* out, const T* k_cache, const T* v_cache, const Step& 
         std::memset(rows.out, 0, rows.count * h.dim * sizeof(float));
         const T *keys[SPAN / GROUP], *values[SPAN / GROUP], *next_keys[SPAN / GROUP], *next_values[SPAN / GROUP];
         int64_t end = rows.visible[rows.count - 1];
-        find(0, keys, values);
+        find(item, 0, keys, values);
         for (int64_t start = 0; start < end; start += SPAN) {
             Ahead ahead;
-            if (start + SPAN < end) {
-                find(start + SPAN, next_keys, next_values);
+            bool goes_on = start + SPAN < end;
+            if (goes_on || following >= 0) {
+                find(goes_on ? item : following, goes_on ? start + SPAN : 0, next_keys, next_values);
                 for (int g = 0; g < SPAN / GROUP; g++) {
                     ahead.pieces[2 * g] = (const char*)(next_keys[g]);
                     ahead.pieces[2 * g + 1] = (const char*)next_values[g];

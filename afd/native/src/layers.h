@@ -145,6 +145,12 @@ void run_gate(const AttentionLayer& layer, int64_t threads, const T* y, int64_t 
 template <class T>
 T* project(const AttentionLayer& layer, const Step& step, int64_t threads, const T* hidden, T* keys, T* values) {
     const int64_t rows = step.tokens, dim = layer.dim, kv = layer.kv_heads * dim, width = layer.heads * dim;
+    auto pieces = [&](int64_t r) { return step.slots[r] / layer.block_size * layer.kv_heads * layer.block_size * dim; };
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < layer.kv_heads; h++) {
+            int64_t piece = pieces(r) + h * layer.block_size * dim;
+            expect_kv(keys + piece, values + piece, step.slots[r] % layer.block_size, dim);
+        }
     T* x = scratch<T, 2>(rows * layer.hidden);
     rms_norm(hidden, (const T*)layer.input_norm, rows, layer.hidden, layer.hidden, layer.eps, x, layer.hidden);
     const int64_t low = layer.q_rank ? layer.q_rank : width, stride = layer.qkv.n;
@@ -170,10 +176,9 @@ T* project(const AttentionLayer& layer, const Step& step, int64_t threads, const
     });
     for (int64_t r = 0; r < rows; r++) {  // by one thread: neighbours share cache lines
         const T* k = qkv + r * stride + low;
-        int64_t block = step.slots[r] / layer.block_size, token = step.slots[r] % layer.block_size;
         for (int64_t h = 0; h < layer.kv_heads; h++) {
-            int64_t piece = (block * layer.kv_heads + h) * layer.block_size * dim;
-            write_kv(k + h * dim, k + kv + h * dim, keys + piece, values + piece, token, dim);
+            int64_t piece = pieces(r) + h * layer.block_size * dim;
+            write_kv(k + h * dim, k + kv + h * dim, keys + piece, values + piece, step.slots[r] % layer.block_size, dim);
         }
     }
     return q;
@@ -183,9 +188,12 @@ template <class T>
 void attend_all(const Heads& heads, const Step& step, int64_t threads, const T* q, const T* keys, const T* values,
                 float scale, T* out) {
     std::atomic<int64_t> next{0};  // contexts differ: whoever is free takes the next
+    const int64_t items = step.sequences * heads.kv_heads;
     in_parallel(threads, threads, [&](int64_t, int64_t) {
-        for (int64_t i; (i = next++) < step.sequences * heads.kv_heads;)
-            attend(q, out, keys, values, step, i / heads.kv_heads, i % heads.kv_heads, heads, scale);
+        for (int64_t i = next++, following; i < items; i = following) {
+            following = next++;
+            attend(q, out, keys, values, step, i, following < items ? following : -1, heads, scale);
+        }
     });
 }
 

@@ -13,7 +13,7 @@ from afd.layers.attention.registry import kernel
 from afd.models import registry
 from afd.models.halves import AttentionOutput, Routing
 from afd.native.library import load
-from afd.native.packed import PackedLinear
+from afd.native.packed import PackedLinear, best_columns
 from afd.spec import ModelSpec
 from afd.topology import FfnShard, ffn_shards
 from afd.types import GenerateRequest, Role, SamplingParams
@@ -163,3 +163,12 @@ def test_equal_gate_logits_are_decided_for_the_lowest_expert_id() -> None:
     assert routing is not None
     assert routing.expert_ids.tolist() == [[0, 1, 2]] * 3
     torch.testing.assert_close(routing.weights, torch.full((3, 3), 1 / 3))
+
+
+def test_the_best_column_is_the_first_of_equal_ones() -> None:
+    torch.manual_seed(0)
+    for columns in (1, 7, 64, 131, 1000):
+        x = torch.randint(0, columns, (9, columns)).float()
+        x[3] = 0.5
+        expected = [row.index(max(row)) for row in x.tolist()]
+        assert best_columns(x).tolist() == expected
