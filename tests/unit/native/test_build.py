@@ -31,7 +31,7 @@ def test_without_a_compiler_one_sentence_says_so(
     assert "plain torch" in caplog.text
     assert "no C++ compiler was found" in caplog.text
     monkeypatch.setenv("AFD_KERNELS", "native")
-    with pytest.raises(ConfigError, match="AFD_KERNELS is native, but.*no C\\+\\+ compiler"):
+    with pytest.raises(ConfigError, match=r"AFD_KERNELS is native, but.*no C\+\+ compiler"):
         library.load()
 
 
@@ -56,7 +56,7 @@ def test_a_folder_that_cannot_be_written_is_named(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("AFD_CACHE", str(tmp_path / "cache"))
     if shutil.which("g++") is None:
         pytest.skip("no g++")
-    with pytest.raises(build.NoCompiler, match="cache.*cannot be written.*AFD_CACHE moves it"):
+    with pytest.raises(build.NoCompiler, match=r"cache.*cannot be written.*AFD_CACHE moves it"):
         build.library()
 
 
