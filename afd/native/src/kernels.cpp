@@ -43,10 +43,10 @@ EXPORT void afd_linear(int64_t wide, int64_t threads, const Linear* weight, cons
                        int64_t wide_out, void* out) {
     with_type(wide, [&](auto* type) {
         using T = Element<decltype(type)>;
-        with_type(wide_out, [&](auto* out_type) {
-            using Out = Element<decltype(out_type)>;
-            linear<T, Out>(threads, (const T*)a, weight->k, rows, *weight, nullptr, (Out*)out);
-        });
+        if (wide_out)
+            wide_linear(threads, (const T*)a, rows, *weight, (float*)out);
+        else
+            linear<T, bf16>(threads, (const T*)a, weight->k, rows, *weight, nullptr, (bf16*)out);
     });
 }
 

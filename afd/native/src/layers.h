@@ -76,6 +76,21 @@ void linear(int64_t threads, const T* a, ptrdiff_t stride, int64_t rows, const L
                          });
 }
 
+// The same for wide float results such as logits, which no cache holds until they are read.
+template <class T>
+void wide_linear(int64_t threads, const T* a, int64_t rows, const Linear& weight, float* out) {
+    const int64_t n = weight.n;
+    if (n < 8192 || n % WIDTH || uintptr_t(out) % sizeof(Vec))
+        return linear<T, float>(threads, a, weight.k, rows, weight, nullptr, out);
+    in_parallel(threads, n / WIDTH, [&](int64_t begin, int64_t end) {
+        multiply(a, weight.k, rows, weight.as<T>(), begin, end,
+                 [&](int64_t row, int64_t column, Vec(&acc)[MAX_VECTORS]) __attribute__((always_inline)) {
+                     for (int v = 0; v < MAX_VECTORS; v++) stream(out + row * n + column + v * LANES, acc[v]);
+                 });
+        finish_streams();
+    });
+}
+
 template <class T>
 void rms_norm(const T* x, const T* weight, int64_t rows, ptrdiff_t stride, int64_t width, float eps, T* out,
               ptrdiff_t out_stride) {

@@ -79,6 +79,23 @@ INLINE void store_floats(bf16* to, Vec v) {
 #endif
 }
 
+// Past the caches, straight to memory; `to` on a vector's boundary. finish_streams before anybody else reads.
+INLINE void stream(float* to, Vec v) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to, v);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to, v);
+#else
+    store(to, v);
+#endif
+}
+
+INLINE void finish_streams() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 INLINE Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);
