@@ -56,7 +56,7 @@ def _compiler() -> str:
 
 def _fingerprint(compiler: str) -> str:
     """Everything that the library's code depends on."""
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    digest = hashlib.sha256(" ".join((compiler, *FLAGS)).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     digest.update(_output([compiler, "--version"]).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Generator
 from ctypes import byref, c_void_p
 
 import torch
@@ -39,18 +40,35 @@ class PackedLinear:
         self.struct = CLinear(c_void_p(self.packed.data_ptr()), 2 * n if pairs else n, padded_k)
         self._address = byref(self.struct)
 
-    def __call__(self, x: Tensor, out_dtype: torch.dtype | None = None) -> Tensor:
-        """x [rows, k] of the weight's dtype -> [rows, n], in that dtype or float32."""
-        x = x.contiguous()
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, k] -> [rows, n], both of the weight's dtype."""
+        x = self._checked(x)
+        out = torch.empty((x.shape[0], self.n), dtype=self.dtype)
+        self._library.afd_linear(
+            self._wide, torch.get_num_threads(), self._address, x.data_ptr(), x.shape[0], out.data_ptr()
+        )
+        return out
+
+    def in_slices(self, x: Tensor, work: int) -> Generator[None, None, Tensor]:
+        """x [rows, k] -> [rows, n] float32, some columns at a time: yields after each slice of about `work` results,
+        but the last."""
+        x, out = self._checked(x), torch.empty((x.shape[0], self.n), dtype=torch.float32)
+        rows, width = x.shape[0], self._library.afd_width()
+        at_once = max(1, work // max(1, rows) // width) * width
+        for first in range(0, self.n, at_once):
+            if first:
+                yield
+            self._library.afd_columns(
+                self._wide, torch.get_num_threads(), self._address, x.data_ptr(), rows, first,
+                min(self.n, first + at_once), out.data_ptr(),
+            )  # fmt: skip
+        return out
+
+    def _checked(self, x: Tensor) -> Tensor:
         assert x.dtype is self.dtype, f"x is {x.dtype}, the weight {self.dtype}"
         assert x.dim() == 2, f"x is {list(x.shape)}, not [rows, {self.k}]"
         assert x.shape[1] == self.k == self.struct.k, f"x is {list(x.shape)}, the weight takes {self.k} columns"
-        out = torch.empty((x.shape[0], self.n), dtype=out_dtype or self.dtype)
-        self._library.afd_linear(
-            self._wide, torch.get_num_threads(), self._address, x.data_ptr(), x.shape[0],
-            int(out.dtype is torch.float32), out.data_ptr(),
-        )  # fmt: skip
-        return out
+        return x.contiguous()
 
 
 def best_columns(x: Tensor) -> Tensor:

@@ -39,14 +39,20 @@ EXPORT void afd_pack(int64_t wide, const void* weight, int64_t n, int64_t k, int
     });
 }
 
-EXPORT void afd_linear(int64_t wide, int64_t threads, const Linear* weight, const void* a, int64_t rows,
-                       int64_t wide_out, void* out) {
+EXPORT int64_t afd_width() { return WIDTH; }
+
+EXPORT void afd_linear(int64_t wide, int64_t threads, const Linear* weight, const void* a, int64_t rows, void* out) {
     with_type(wide, [&](auto* type) {
         using T = Element<decltype(type)>;
-        if (wide_out)
-            wide_linear(threads, (const T*)a, rows, *weight, (float*)out);
-        else
-            linear<T, bf16>(threads, (const T*)a, weight->k, rows, *weight, nullptr, (bf16*)out);
+        linear<T, T>(threads, (const T*)a, weight->k, rows, *weight, nullptr, (T*)out);
+    });
+}
+
+EXPORT void afd_columns(int64_t wide, int64_t threads, const Linear* weight, const void* a, int64_t rows, int64_t first,
+                        int64_t last, float* out) {
+    with_type(wide, [&](auto* type) {
+        using T = Element<decltype(type)>;
+        columns(threads, (const T*)a, rows, *weight, first, last, out);
     });
 }
 

@@ -76,16 +76,20 @@ void linear(int64_t threads, const T* a, ptrdiff_t stride, int64_t rows, const L
                          });
 }
 
-// The same for wide float results such as logits, which no cache holds until they are read.
+// The columns first … last - 1 (whole panels, but for the end) of a . b as floats. Wide results such as logits, which no
+// cache would hold until they are read, go past the caches.
 template <class T>
-void wide_linear(int64_t threads, const T* a, int64_t rows, const Linear& weight, float* out) {
-    const int64_t n = weight.n;
-    if (n < 8192 || n % WIDTH || uintptr_t(out) % sizeof(Vec))
-        return linear<T, float>(threads, a, weight.k, rows, weight, nullptr, out);
-    in_parallel(threads, n / WIDTH, [&](int64_t begin, int64_t end) {
-        multiply(a, weight.k, rows, weight.as<T>(), begin, end,
+void columns(int64_t threads, const T* a, int64_t rows, const Linear& weight, int64_t first, int64_t last, float* out) {
+    const int64_t n = weight.n, from = first / WIDTH;
+    const bool past_caches = n >= 8192 && n % WIDTH == 0 && uintptr_t(out) % sizeof(Vec) == 0;
+    in_parallel(threads, (last + WIDTH - 1) / WIDTH - from, [&](int64_t begin, int64_t end) {
+        multiply(a, weight.k, rows, weight.as<T>(), from + begin, from + end,
                  [&](int64_t row, int64_t column, Vec(&acc)[MAX_VECTORS]) __attribute__((always_inline)) {
-                     for (int v = 0; v < MAX_VECTORS; v++) stream(out + row * n + column + v * LANES, acc[v]);
+                     for (int v = 0; v < MAX_VECTORS; v++, column += LANES)
+                         if (past_caches)
+                             stream(out + row * n + column, acc[v]);
+                         else if (column < n)
+                             store_part(out + row * n, column, n, acc[v]);
                  });
         finish_streams();
     });
