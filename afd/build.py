@@ -46,6 +46,12 @@ class Plan:
     def torch_dtype(self) -> torch.dtype:
         return TORCH_DTYPES[self.dtype]
 
+    @property
+    def dispatch_dtype(self) -> DType:
+        """What dispatches travel in (transport.dispatch_dtype)."""
+        wanted = self.deployment.transport.dispatch_dtype
+        return self.dtype if wanted == "auto" else DType[wanted.upper()]
+
     def weights(self, role: Role, shard: FfnShard | None = None) -> Mapping[str, Tensor]:
         """Reads one role's tensors, and of them only `shard`'s part; each can be taken once. Raises CheckpointError."""
         with open_checkpoint(self.files.path) as checkpoint:
@@ -61,12 +67,13 @@ class Plan:
             ep=self.shards[0].ep,
             tp=self.shards[0].tp,
             dtype=self.dtype,
+            dispatch_dtype=self.dispatch_dtype,
             num_layers=self.spec.layers,
             hidden_size=self.spec.hidden,
             num_experts=self.spec.num_experts,
             top_k=self.spec.top_k,
             max_tokens=self.deployment.attention.max_batch_tokens,
-            microbatches=self.deployment.attention.microbatches,
+            microbatches=self.deployment.attention.most_microbatches,
         )
 
 
@@ -117,3 +124,22 @@ def eos_token_ids(files: library.ModelFiles) -> tuple[int, ...]:
 def num_threads(setting: int | str, workers_on_host: int) -> int:
     """Compute threads of one worker: the setting, or with "auto" this host's cores shared evenly, at least 1."""
     return setting if isinstance(setting, int) else max(1, len(os.sched_getaffinity(0)) // max(1, workers_on_host))
+
+
+def pin(deployment: Deployment, role: Role, rank: int, workers_on_host: int) -> None:
+    """Keeps the calling thread, and those it starts, on this worker's own share of the host's cores, so that workers
+    neither meet on a core nor wander from it: attention workers have the first cores, FFN workers the next.
+
+    Does nothing where cluster.pin_cores is off, the workers are on several hosts or outnumber the cores, or the system
+    cannot.
+    """
+    counts = deployment.counts
+    if not deployment.cluster.pin_cores or workers_on_host != counts.attention + counts.ffn:
+        return
+    if not hasattr(os, "sched_setaffinity"):
+        return
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // workers_on_host
+    first = (rank + (counts.attention if role is Role.FFN else 0)) * share
+    if share:
+        os.sched_setaffinity(0, cores[first : first + share])

@@ -1,4 +1,4 @@
-"""The command line: `afd serve`, `chat`, `status` and `model`.
+"""The command line: `afd serve`, `chat`, `status`, `trace` and `model`.
 
 Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
 """
@@ -45,7 +45,7 @@ def serve(
     model: Annotated[Text, typer.Option(help="A named model (afd model list), a folder, or a .gguf file.")] = None,
     topology: Annotated[Text, typer.Option(help="Attention and FFN workers, like 2A1F.")] = None,
     ffn_sharding: Annotated[Text, typer.Option(help="ep, tp or hybrid.")] = None,
-    microbatches: Annotated[int | None, typer.Option(help="In flight per attention worker.")] = None,
+    microbatches: Annotated[str | None, typer.Option(help="In flight per attention worker; auto: by trying.")] = None,
     transport: Annotated[Text, typer.Option(help="auto, shm, grpc, or inproc: all in one process, no Ray.")] = None,
     dtype: Annotated[Text, typer.Option(help="auto, fp32 or bf16.")] = None,
     device: Annotated[Text, typer.Option(help="auto, cpu or cuda.")] = None,
@@ -62,7 +62,7 @@ def serve(
         "model": model,
         "topology": topology,
         "ffn.sharding": ffn_sharding,
-        "attention.microbatches": microbatches,
+        "attention.microbatches": int(microbatches) if microbatches and microbatches.isdigit() else microbatches,
         "transport.kind": transport,
         "dtype": dtype,
         "device": device,
@@ -91,6 +91,23 @@ def status(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
     from afd.commands import status as command
 
     command.status(url, json)
+
+
+@app.command()
+def trace(
+    seconds: Annotated[float, typer.Option(help="How far to look back; the workers keep some seconds.")] = 5.0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write the trace.")] = Path("trace.json"),
+    summary: Annotated[bool, typer.Option("--summary", help="Print what it adds up to instead.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="With --summary: as JSON.")] = False,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Shows where the workers' time has just gone: a trace for ui.perfetto.dev, or a summary."""
+    from afd.commands import trace as command
+
+    if summary:
+        command.summary(url, seconds, json)
+    else:
+        command.write(url, seconds, output)
 
 
 @model_app.command("prepare")

@@ -42,15 +42,21 @@ class AttentionSection(_Section):
     """Attention workers. A step of one microbatch computes at most `max_batch_tokens` tokens (decodes and prefill
     chunks together), which is also the largest frame on the wire."""
 
-    microbatches: int = Field(2, ge=1, le=64)
+    microbatches: Annotated[int, Field(ge=1, le=64)] | Literal["auto"] = "auto"  # auto: by trying, at most 4
     block_size: int = Field(16, ge=1, le=1024)  # tokens per KV block
     kv_cache_gib: Gib | Literal["auto"] = "auto"
     max_batch_tokens: int = Field(512, ge=1, le=65536)
+    tpot_target_ms: Annotated[float, Field(gt=0)] | None = None  # prompts' chunks shrink to keep others' steps below it
     max_running: int = Field(256, ge=1)  # requests that hold KV blocks
     max_waiting: int = Field(4096, ge=1)  # requests in the queue; past it a request is refused
     max_context: Count | Literal["auto"] = "auto"  # tokens, prompt and answer; auto: the model's own
     threads: Count | Literal["auto"] = "auto"
     resources: Resources = Resources()
+
+    @property
+    def most_microbatches(self) -> int:
+        """The largest number that may be in flight."""
+        return 4 if self.microbatches == "auto" else self.microbatches
 
 
 class FfnSection(_Section):
@@ -77,12 +83,14 @@ class TransportSection(_Section):
     connect_s: float = Field(60.0, gt=0)
     deadline_s: float = Field(30.0, gt=0)  # longest wait for one answer
     spin_us: int = Field(50, ge=0, le=1_000_000)  # poll this long before sleeping
+    dispatch_dtype: Literal["auto", "bf16", "fp8"] = "auto"  # auto: the model's; combines are always in the model's
 
 
 class ClusterSection(_Section):
     """Who starts the workers: Ray, or plain processes on this machine. RAY_ADDRESS joins an existing cluster."""
 
     backend: Literal["ray", "local"] = "ray"
+    pin_cores: bool = True  # each worker computes on cores of its own, where all workers share one host
     start_s: float = Field(600.0, gt=0)  # longest wait for a worker to load its weights
 
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from typing import Literal
 
 
 class DType(IntEnum):
-    """Element type of weights and activations; the number is what a frame header carries."""
+    """Element type of weights and activations; the number is what a frame header carries. FP8 (e4m3) is for dispatches
+    alone, with scales beside it."""
 
     FP32 = 1
     BF16 = 2
+    FP8 = 3
 
     @property
     def itemsize(self) -> int:
         """Bytes per element."""
-        return {DType.FP32: 4, DType.BF16: 2}[self]
+        return {DType.FP32: 4, DType.BF16: 2, DType.FP8: 1}[self]
 
 
 class Role(str, Enum):
@@ -122,6 +125,41 @@ class FfnAddress:
     shm: str = ""  # abstract unix socket name
     grpc: str = ""  # host:port
     inproc: str = ""  # name in this process's registry
+    collective: str = ""  # host:port of a torch.distributed store
+
+
+@dataclass(frozen=True, slots=True)
+class ActivityTotals:
+    """What a worker has done of one kind since its loop started."""
+
+    seconds: float
+    calls: int
+    tokens: int
+    wire_bytes: int  # of tensors that it took off the wire
+
+
+@dataclass(frozen=True, slots=True)
+class HistogramTotals:
+    """`counts[i]` values were at most bounds[i] (and above bounds[i - 1]); the last count is of those above all."""
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTotals:
+    """Where a worker's time went since its loop started (afd.pipeline.timeline). They only grow.
+
+    `activities` by name; what goes on now counts once it is over. `work`: an attention worker's steps in seconds, an
+    FFN worker's calls in tokens. Of every 61st call of experts, `expert_calls` counts the experts that had tokens and
+    `expert_tokens` those tokens.
+    """
+
+    activities: Mapping[str, ActivityTotals]
+    work: HistogramTotals
+    expert_calls: int = 0
+    expert_tokens: int = 0
 
 
 WorkerState = Literal["starting", "ready", "draining", "lost"]
@@ -129,7 +167,8 @@ WorkerState = Literal["starting", "ready", "draining", "lost"]
 
 @dataclass(frozen=True, slots=True)
 class WorkerView:
-    """One worker as the controller sees it. `address` is the gRPC host:port of an attention worker's service."""
+    """One worker as the controller sees it. `address` is the gRPC host:port of an attention worker's service.
+    `counters` and `totals` are what it said last of itself; None before its loop runs."""
 
     role: Role
     rank: int  # attention_rank or ffn_rank, by role
@@ -138,6 +177,8 @@ class WorkerView:
     pid: int = 0
     node: str = ""
     message: str = ""  # one sentence when lost or draining
+    counters: Mapping[str, int] = field(default_factory=dict)
+    totals: WorkerTotals | None = None
 
 
 @dataclass(frozen=True, slots=True)

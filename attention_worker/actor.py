@@ -15,6 +15,7 @@ from afd.config import Deployment
 from afd.errors import ClusterError, ConfigError
 from afd.layers.attention import registry as kernels
 from afd.models.halves import AttentionHalf
+from afd.pipeline.timeline import Recording
 from afd.rpc import attention_pb2 as pb
 from afd.transport import registry as transports
 from afd.transport.ports import AttentionPort
@@ -24,6 +25,7 @@ from attention_worker.engine import Engine
 from attention_worker.kv_cache import KvCache
 from attention_worker.scheduler import Scheduler
 from attention_worker.service import Service
+from attention_worker.tuner import MicrobatchTuner
 
 GIB = 1 << 30
 
@@ -88,7 +90,14 @@ class AttentionWorker:
             "blocks_used": reply.blocks_used,
             "blocks_total": reply.blocks_total,
             "generated_tokens": reply.generated_tokens,
+            "totals": self._engine.timeline.totals() if self._engine else None,
         }
+
+    def timeline(self, seconds: float, max_events: int) -> Recording:
+        """See afd.cluster.roles."""
+        if self._engine is None:
+            raise ClusterError(f"the engine of attention_rank {self.attention_rank} does not run yet")
+        return self._engine.timeline.recent(seconds, max_events)
 
     def status_reply(self) -> pb.StatusReply:
         """The same for routers (proto/afd/rpc/attention.proto)."""
@@ -127,6 +136,7 @@ class AttentionWorker:
 
     def _run(self, engine: Engine) -> None:
         torch.set_num_threads(self.threads)  # a setting of each thread
+        build.pin(self.deployment, Role.ATTENTION, self.attention_rank, self.workers_on_host)
         engine.run()
 
     def _build_engine(self, plan: build.Plan, port: AttentionPort) -> Engine:
@@ -143,11 +153,13 @@ class AttentionWorker:
             max_context = settings.max_context
         kernel = kernels.kernel("native" if self._kernels else "batched")
         cache = KvCache(spec, num_blocks, settings.block_size, plan.torch_dtype, plan.device, kernel)
+        tuner = MicrobatchTuner(settings.most_microbatches) if settings.microbatches == "auto" else None
         scheduler = Scheduler(
             BlockManager(num_blocks, settings.block_size),
-            microbatches=settings.microbatches,
+            microbatches=tuner.choice if tuner else settings.most_microbatches,
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
+            target_s=None if settings.tpot_target_ms is None else settings.tpot_target_ms / 1e3,
         )
         return Engine(
             self._model,
@@ -157,6 +169,8 @@ class AttentionWorker:
             self._service.publish,
             max_context=max_context,
             max_waiting=settings.max_waiting,
+            tuner=tuner,
+            attention_rank=self.attention_rank,
         )
 
     def _num_blocks(self, plan: build.Plan) -> int:

@@ -20,23 +20,29 @@ import torch
 
 from afd.errors import TransportError
 from afd.models.halves import AttentionHalf
-from afd.transport.frame import FrameKind
+from afd.pipeline.timeline import Activity, Timeline
+from afd.transport.frame import Frame, FrameKind
 from afd.transport.ports import AttentionPort
-from afd.types import GenerateRequest, SampledToken, WorkerState
+from afd.types import GenerateRequest, Role, SampledToken, WorkerState
 from attention_worker.kv_cache import KvCache
 from attention_worker.microbatch import Dispatch, Microbatch
 from attention_worker.requests import Publish, Requests
 from attention_worker.sampler import Sampler
 from attention_worker.scheduler import Batch, Scheduler
+from attention_worker.tuner import MicrobatchTuner
 
 log = logging.getLogger(__name__)
 
 # The loop looks up this often when nothing happens; answers, notes and lost peers wake it at once.
 IDLE_S = 1.0
 
+# Unanswered dispatches that keep the FFN side busy for a while: one is computed, one waits.
+ENOUGH = 2
+
 
 class Engine:
-    """`port` is connected to every FFN rank, and raises when one of them is lost or does not answer in time."""
+    """`port` is connected to every FFN rank, and raises when one of them is lost or does not answer in time.
+    `tuner`, if there is one, sets the scheduler's number of microbatches as it goes."""
 
     def __init__(
         self,
@@ -48,10 +54,15 @@ class Engine:
         *,
         max_context: int,
         max_waiting: int,
+        attention_rank: int = 0,
+        tuner: MicrobatchTuner | None = None,
     ) -> None:
+        self.timeline = Timeline(Role.ATTENTION, attention_rank)
         self.scheduler = scheduler
+        self.tuner = tuner
         self.port = port
         spec = model.spec
+        self._hidden = spec.hidden
         self.requests = Requests(
             scheduler,
             publish,
@@ -62,8 +73,8 @@ class Engine:
         )
         sampler = Sampler(spec.eos_token_ids)
         self.microbatches = [
-            Microbatch(index, model, cache, scheduler, sampler, self._complete)
-            for index in range(scheduler.microbatches)
+            Microbatch(index, model, cache, scheduler, sampler, self._complete, timeline=self.timeline)
+            for index in range(tuner.most if tuner else scheduler.microbatches)
         ]
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         # The scheduler found nothing although it has work (no free blocks): ask again only when something changed.
@@ -104,11 +115,17 @@ class Engine:
 
     def _choose(self) -> Microbatch | None:
         """An idle microbatch, if there is work for it (so that the pipeline fills first); else the one whose answers
-        are here, the oldest first; None: there is nothing to do but wait."""
-        idle = next((m for m in self.microbatches if not m.dispatch), None)
-        if idle and not self._starved and self.scheduler.has_work():
-            return idle
-        answered = [m for m in self.microbatches if m.dispatch and len(m.answers) == len(self.port.ffn_ranks)]
+        are here, the oldest first; or a paused one, where none is or the FFN side has enough to do for a while; None:
+        there is nothing to do but wait."""
+        idle = [m for m in self.microbatches if m.batch is None]
+        room = len(self.microbatches) - len(idle) < self.scheduler.microbatches
+        if idle and room and not self._starved and self.scheduler.has_work():
+            return idle[0]
+        sent = [m for m in self.microbatches if m.dispatch]
+        answered = [m for m in sent if len(m.answers) == len(self.port.ffn_ranks)]
+        paused = next((m for m in self.microbatches if m.paused), None)
+        if paused and (not answered or len(sent) - len(answered) >= ENOUGH):
+            return paused
         return min(answered, key=lambda m: m.sent_at, default=None)
 
     def _advance(self, microbatch: Microbatch) -> None:
@@ -125,25 +142,44 @@ class Engine:
             log.exception("a step of microbatch %d failed", microbatch.index)
             self._fail(microbatch, f"the attention worker failed in this step: {error}")
             return
-        self._starved = dispatch is None
+        self._starved = microbatch.batch is None
         if dispatch is not None:
             self._send(microbatch, dispatch)
 
     def _send(self, microbatch: Microbatch, dispatch: Dispatch) -> None:
         microbatch.sent_at = time.monotonic()
         ids, weights = (dispatch.routing.expert_ids, dispatch.routing.weights) if dispatch.routing else (None, None)
-        self.port.dispatch(microbatch.index, dispatch.step, dispatch.layer, dispatch.y, ids, weights)
+        y, step, layer = dispatch.y, dispatch.step, dispatch.layer
+        self.timeline.mark(Activity.DISPATCH, microbatch.index, step, layer, y.numel() // self._hidden)
+        self.port.dispatch(microbatch.index, step, layer, y, ids, weights)
+        self.timeline.mark(Activity.OTHER)
 
     def _collect(self, timeout_s: float) -> None:
         """Takes answers off the port: waits for the first, then takes all others that are here."""
+        if timeout_s:
+            self.timeline.mark(Activity.WAIT if any(m.dispatch for m in self.microbatches) else Activity.IDLE)
         frame = self.port.collect(timeout_s)
+        if timeout_s and frame is None:
+            self.timeline.mark(Activity.OTHER)
         while frame is not None:
+            self._mark_answer(frame)
             self.microbatches[frame.microbatch].answers[frame.ffn_rank] = frame
             frame = self.port.collect(0.0)
+
+    def _mark_answer(self, frame: Frame) -> None:
+        wire_bytes = 0 if frame.hidden is None else frame.hidden.nbytes
+        self.timeline.mark(
+            Activity.COLLECT, frame.microbatch, frame.step, frame.layer, frame.num_tokens, wire_bytes, frame.ffn_rank
+        )
 
     def _complete(self, batch: Batch, tokens: list[SampledToken]) -> None:
         self._starved = False
         self.requests.complete(batch, tokens)
+        if self.tuner:
+            running = len(self.scheduler.running)
+            self.scheduler.microbatches = self.tuner.observe(
+                time.monotonic(), len(tokens), running, batch.prompt_tokens
+            )
 
     # ---- failures -------------------------------------------------------------------------------------------
 
@@ -164,6 +200,7 @@ class Engine:
         """An FFN worker is gone, and nothing can be computed without it. The port is not used again."""
         log.error("%s", sentence)
         self._lost = True
+        self.timeline.mark(Activity.IDLE)
         self.requests.problem = sentence
         self._fail_all(sentence)
         self.requests.flush()

@@ -7,6 +7,7 @@ was cancelled, after which nothing more is said of it.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 from afd.types import GenerateOutput, GenerateRequest, SampledToken
@@ -73,12 +74,11 @@ class Requests:
 
     def complete(self, batch: Batch, tokens: list[SampledToken]) -> None:
         """A step is over: takes its tokens, and lets go of who is done or was cancelled meanwhile."""
-        self.scheduler.complete(batch)
+        self.scheduler.complete(batch, time.monotonic())
         sampled = iter(tokens)
         for chunk in batch.chunks:
             sequence = chunk.sequence
-            is_decode = chunk.count == 1 and chunk.start >= len(sequence.request.prompt_token_ids)
-            self.prompt_tokens += 0 if is_decode else chunk.count
+            self.prompt_tokens += 0 if chunk.is_decode else chunk.count
             # `complete` does not change what chunk.samples compares: tokens are appended here only.
             if chunk.samples:
                 self.generated_tokens += 1

@@ -7,11 +7,13 @@ changed number of microbatches even out by themselves.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from attention_worker.block_manager import BlockManager
+from attention_worker.chunking import ChunkBudget
 from attention_worker.sequence import Sequence
 
 
@@ -25,19 +27,34 @@ class Chunk:
     count: int
 
     @property
+    def is_decode(self) -> bool:
+        return self.count == 1 and self.start >= len(self.sequence.request.prompt_token_ids)
+
+    @property
     def samples(self) -> bool:
         return self.start + self.count == len(self.sequence.token_ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one microbatch computes in one step."""
+    """What one microbatch computes in one step, begun at `began_s` (monotonic)."""
 
     chunks: tuple[Chunk, ...]
+    began_s: float = field(default_factory=time.monotonic)
 
     @property
     def num_tokens(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts: all but the decodes."""
+        return sum(chunk.count for chunk in self.chunks if not chunk.is_decode)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether some request waits for this step to get its next token, and not its first."""
+        return any(chunk.is_decode for chunk in self.chunks)
 
 
 class Scheduler:
@@ -45,9 +62,19 @@ class Scheduler:
 
     A waiting sequence is admitted when blocks for all of its tokens are free, so a prefill never stops half-way; a
     decode that finds no free block preempts the youngest idle sequence, which will be recomputed.
+
+    `microbatches` may be changed at any time. `target_s` is what a decode step may take when prompts ride along.
     """
 
-    def __init__(self, blocks: BlockManager, *, microbatches: int, max_batch_tokens: int, max_running: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        microbatches: int,
+        max_batch_tokens: int,
+        max_running: int,
+        target_s: float | None = None,
+    ) -> None:
         self.blocks = blocks
         self.microbatches = microbatches
         self.max_batch_tokens = max_batch_tokens
@@ -55,6 +82,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # holds blocks, oldest first, in flight or not
         self.preemptions = 0
+        self.chunks = ChunkBudget(max_batch_tokens, target_s)
         self._orders = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -69,26 +97,28 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """The next step of one microbatch; its sequences are in flight until `complete` or `remove`."""
         share = -(-self._runnable() // self.microbatches)
-        budget = self.max_batch_tokens
         chunks: list[Chunk] = []
         idle = [s for s in self.running if not s.in_flight]
-        for sequence in [s for s in idle if s.num_pending == 1] + [s for s in idle if s.num_pending > 1]:
-            if len(chunks) == share or budget == 0:
-                break
-            # An earlier, older one may have preempted this one.
-            if sequence.block_table and self._grow(sequence):
-                budget -= self._take(sequence, budget, chunks)
-        while len(chunks) < share and budget > 0 and self._admissible():
+        decodes = [s for s in idle if s.num_pending == 1]
+        # Requests in flight that have had a token wait for their next one, too.
+        decoding = bool(decodes) or any(s.in_flight and s.num_generated for s in self.running)
+        left = self._fill(decodes, chunks, share, self.max_batch_tokens)
+        left = min(left, self.chunks.allowed(decoding))
+        left = self._fill([s for s in idle if s.num_pending > 1], chunks, share, left)
+        while len(chunks) < share and left > 0 and self._admissible():
             sequence = self.waiting.popleft()
             grown = self.blocks.grow(sequence.block_table, len(sequence.token_ids))
             assert grown, "an admissible sequence found no blocks"
             self.running.append(sequence)
             self.running.sort(key=lambda s: s.order)
-            budget -= self._take(sequence, budget, chunks)
+            left -= self._take(sequence, left, chunks)
         return Batch(tuple(chunks)) if chunks else None
 
-    def complete(self, batch: Batch) -> None:
+    def complete(self, batch: Batch, now_s: float) -> None:
         """The KV of every chunk is computed; its sequences may be scheduled again."""
+        if self.chunks.target_s is not None and batch.decodes:
+            meanwhile = [s.num_pending for s in self.running if s.in_flight and s.num_pending > 1]
+            self.chunks.observe(now_s - batch.began_s, min(self.chunks.tokens, max(meanwhile, default=0)))
         for chunk in batch.chunks:
             chunk.sequence.num_computed = chunk.start + chunk.count
             chunk.sequence.in_flight = False
@@ -125,6 +155,16 @@ class Scheduler:
             return False
         head = self.waiting[0]
         return self.blocks.missing(head.block_table, len(head.token_ids)) <= self.blocks.num_free
+
+    def _fill(self, sequences: list[Sequence], chunks: list[Chunk], share: int, budget: int) -> int:
+        """Takes running sequences into `chunks`; what is left of `budget` tokens."""
+        for sequence in sequences:
+            if len(chunks) == share or budget == 0:
+                break
+            # An earlier, older one may have preempted this one.
+            if sequence.block_table and self._grow(sequence):
+                budget -= self._take(sequence, budget, chunks)
+        return budget
 
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         count = min(sequence.num_pending, budget)

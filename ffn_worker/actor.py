@@ -12,6 +12,7 @@ from afd import build
 from afd.config import Deployment
 from afd.errors import ClusterError
 from afd.native.halves import kernels_for
+from afd.pipeline.timeline import Recording
 from afd.transport import registry as transports
 from afd.types import FfnAddress, Role
 from ffn_worker.loop import FfnLoop
@@ -26,6 +27,7 @@ class FfnWorker:
         self.deployment = deployment
         self.ffn_rank = ffn_rank
         self.epoch = epoch
+        self.workers_on_host = workers_on_host
         self.threads = build.num_threads(deployment.ffn.threads, workers_on_host)
         self._loop: FfnLoop | None = None
         self._thread: threading.Thread | None = None
@@ -62,7 +64,14 @@ class FfnWorker:
             "dispatches": counters.dispatches if counters else 0,
             "tokens": counters.tokens if counters else 0,
             "failures": counters.failures if counters else 0,
+            "totals": self._loop.timeline.totals() if self._loop else None,
         }
+
+    def timeline(self, seconds: float, max_events: int) -> Recording:
+        """See afd.cluster.roles."""
+        if self._loop is None:
+            raise ClusterError(f"the loop of ffn_rank {self.ffn_rank} does not run yet")
+        return self._loop.timeline.recent(seconds, max_events)
 
     def stop(self) -> None:
         """Ends the loop and the links. Idempotent. Raises ClusterError if the loop does not end."""
@@ -75,6 +84,7 @@ class FfnWorker:
 
     def _run(self, loop: FfnLoop) -> None:
         torch.set_num_threads(self.threads)  # a setting of each thread
+        build.pin(self.deployment, Role.FFN, self.ffn_rank, self.workers_on_host)
         try:
             loop.run()
         except Exception as error:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from afd.models.halves import FfnHalf, Routing
+from afd.pipeline.timeline import EXPERTS_EVERY, Activity, Timeline
 from afd.transport.frame import Frame
 from afd.transport.ports import FfnPort
+from afd.types import Role
 from ffn_worker.batcher import Batcher, Item
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class FfnLoop:
         self.device = device
         self.batcher: Batcher[Frame] = Batcher(ffn.spec.layers, gather_window_s)
         self.counters = Counters()
+        self.timeline = Timeline(Role.FFN, ffn.shard.ffn_rank)
+        self._expert_calls = 0
         self._connected = port.connected
         self._stopping = False
 
@@ -62,8 +66,10 @@ class FfnLoop:
     def _receive(self) -> None:
         """Takes every dispatch that is here; waits for one as long as the batcher has nothing to give."""
         patience = self.batcher.patience_s(time.monotonic())
+        self.timeline.mark(Activity.IDLE if patience is None else Activity.GATHER if patience else Activity.OTHER)
         frame = self.port.receive(IDLE_S if patience is None else patience)
         while frame is not None:
+            self._mark(Activity.RECEIVE, frame, _wire_bytes(frame))
             item = Item(frame.attention_rank, frame.microbatch, frame.layer, time.monotonic(), frame)
             self.batcher.add(item)
             frame = self.port.receive(0.0)
@@ -76,8 +82,11 @@ class FfnLoop:
         if not items:
             return
         frames = [item.payload for item in items]
+        tokens = sum(frame.num_tokens for frame in frames)
+        self.timeline.mark(Activity.FFN, layer=frames[0].layer, tokens=tokens)
         try:
             partials = self._compute(frames)
+            self._count_experts(frames)  # before the answers: they end the frames
         except Exception as error:  # bad input, a bug or a full memory: told to the sender, the loop goes on
             if len(items) > 1:
                 for item in items:
@@ -87,17 +96,35 @@ class FfnLoop:
             self.counters.failures += 1
             self.port.fail(frames[0], f"ffn_rank {frames[0].ffn_rank} failed in layer {frames[0].layer}: {error}")
         else:
-            for frame, partial in zip(frames, partials, strict=True):
-                self.port.combine(frame, partial)
+            self.timeline.work.observe(tokens)
             self.counters.calls += 1
             self.counters.dispatches += len(frames)
-            self.counters.tokens += sum(frame.num_tokens for frame in frames)
+            self.counters.tokens += tokens
+            for frame, partial in zip(frames, partials, strict=True):
+                self._mark(Activity.COMBINE, frame)
+                self.port.combine(frame, partial)
         self.batcher.answered(items, time.monotonic())
+
+    def _mark(self, activity: Activity, frame: Frame, wire_bytes: int = 0) -> None:
+        self.timeline.mark(
+            activity, frame.microbatch, frame.step, frame.layer, frame.num_tokens, wire_bytes, frame.attention_rank
+        )
+
+    def _count_experts(self, frames: Sequence[Frame]) -> None:
+        """Looks at every 61st call of experts: counting in each would cost more than the whole timeline."""
+        if frames[0].expert_ids is None:
+            return
+        self._expert_calls += 1
+        if self._expert_calls % EXPERTS_EVERY == 1:
+            ids = torch.cat([frame.expert_ids.flatten() for frame in frames if frame.expert_ids is not None])
+            first, end = self.ffn.shard.bounds(self.ffn.spec.num_experts, "ep")
+            tokens = torch.bincount(ids, minlength=end)[first:end]  # [experts of this rank]
+            self.timeline.count_experts(int((tokens > 0).sum()), int(tokens.sum()))
 
     def _compute(self, frames: Sequence[Frame]) -> Sequence[Tensor | None]:
         """One call of the FFN half over the frames' tokens -> one partial sum [tokens, hidden] (or None) a frame."""
-        y = self._join([frame.hidden for frame in frames])
-        assert y is not None, "a dispatch without a payload passed the port"
+        y = self._join([self.port.hidden(frame, self.device) for frame in frames])
+        assert y is not None, "there are no dispatches"
         ids = self._join([frame.expert_ids for frame in frames])
         weights = self._join([frame.expert_weights for frame in frames])
         routing = None if ids is None or weights is None else Routing(ids, weights)
@@ -110,3 +137,12 @@ class FfnLoop:
         here = [part.to(self.device) for part in parts if part is not None]
         assert len(here) in (0, len(parts)), "dispatches of one layer disagree on having experts"
         return None if not here else here[0] if len(here) == 1 else torch.cat(here)
+
+
+def _wire_bytes(dispatch: Frame) -> int:
+    """Bytes of its tensors, as they came."""
+    hidden, scales, ids = dispatch.hidden, dispatch.scales, dispatch.expert_ids
+    num_bytes = 0 if hidden is None else hidden.nbytes
+    if scales is not None:
+        num_bytes += scales.nbytes
+    return num_bytes if ids is None else num_bytes + 8 * ids.numel()  # int32 ids and float32 weights

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from afd.errors import ClusterError, ConfigError
 from afd.types import ClusterView
 from router import errors
+from router.debug import Debug, Timelines, nobody
 from router.gateway import Gateway
 from router.settings import RouterSettings
 
@@ -28,9 +29,10 @@ _KEEP_ALIVE_S = 75  # longer than clients keep an idle connection, so that none 
 _CLOSE_S = 2  # longest wait for connections to close once their requests have ended
 
 
-def create_app(settings: RouterSettings, watch: Callable[[], ClusterView]) -> FastAPI:
+def create_app(settings: RouterSettings, watch: Callable[[], ClusterView], timelines: Timelines = nobody) -> FastAPI:
     """The application; its Gateway is `app.state.gateway`. `watch` gives the latest cluster view, is cheap, and is
-    called on the application's event loop.
+    called on the application's event loop; `timelines` (afd.cluster.controller.Cluster.timelines) may take seconds, and
+    is called on a thread.
 
     Raises CheckpointError for a damaged tokenizer or chat template, ConfigError for an unknown policy.
     """
@@ -53,6 +55,7 @@ def create_app(settings: RouterSettings, watch: Callable[[], ClusterView]) -> Fa
     app.add_api_route("/health", gateway.health, methods=["GET"])
     app.add_api_route("/metrics", gateway.metrics, methods=["GET"])
     app.add_api_route("/status", gateway.status, methods=["GET"])
+    app.add_api_route("/debug/timeline", Debug(timelines).timeline, methods=["GET"])
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _failed)
@@ -127,11 +130,12 @@ class Server:
         watch: Callable[[], ClusterView],
         sock: socket.socket,
         *,
+        timelines: Timelines = nobody,
         on_ready: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`on_ready` is called with the server's URL on the thread of `run`, once requests are accepted. Raises what
         create_app raises."""
-        self._app = create_app(settings, watch)
+        self._app = create_app(settings, watch, timelines)
         self._sock = sock
         self._on_ready = on_ready
         self._stop_wanted = False

@@ -8,7 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -90,7 +90,8 @@ class Gateway:
     async def metrics(self) -> Response:
         await self.pool.refresh()
         statuses = [member.status for member in self.pool.members if member.status is not None]
-        return Response(self._metrics.render(statuses), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = self._metrics.render(statuses, self.pool.view.workers)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def status(self) -> Response:
         """The cluster as this router sees it; what `afd status` prints."""
@@ -100,7 +101,10 @@ class Gateway:
         workers: list[Json] = []
         for worker in view.workers:
             status = statuses.get(worker.rank) if worker.role is Role.ATTENTION else None
-            workers.append(asdict(worker) | {"status": None if status is None else asdict(status)})
+            counters = dict(worker.counters) or None if worker.role is Role.FFN else None
+            seen = asdict(replace(worker, totals=None, counters={}))
+            del seen["totals"], seen["counters"]
+            workers.append(seen | {"status": counters if status is None else asdict(status)})
         head = {"epoch": view.epoch, "model": view.model, "topology": view.topology, "problem": self.problem}
         return _json(head | {"workers": workers})
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from afd.rpc.convert import AttentionStatus
+from afd.types import WorkerView
+from router.worker_metrics import WorkerMetrics
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
@@ -44,6 +46,8 @@ class Metrics:
             registry=registry,
         )
         self.http_errors = Counter("afd_http_errors", "Error answers, by HTTP status.", ["status"], registry=registry)
+        self._workers = WorkerMetrics()
+        registry.register(self._workers)
         self._by_worker = {
             field: Gauge(name, text, ["attention_rank"], registry=registry)
             for field, name, text in (
@@ -59,8 +63,10 @@ class Metrics:
         self._success.labels(reason).inc()
         self._e2e.observe(seconds)
 
-    def render(self, statuses: Iterable[AttentionStatus]) -> bytes:
-        """The text format. Gauges of workers are set from `statuses`; workers that are gone disappear."""
+    def render(self, statuses: Iterable[AttentionStatus], workers: Sequence[WorkerView] = ()) -> bytes:
+        """The text format. Gauges of workers are set from `statuses`, what their timelines add up to from `workers`;
+        workers that are gone disappear."""
+        self._workers.views = workers
         for gauge in self._by_worker.values():
             gauge.clear()
         for status in statuses:

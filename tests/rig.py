@@ -148,6 +148,7 @@ def split(
             ep=shards[0].ep,
             tp=shards[0].tp,
             dtype=DType.FP32,
+            dispatch_dtype=DType.FP32,
             num_layers=spec.layers,
             hidden_size=spec.hidden,
             num_experts=spec.num_experts,
@@ -199,6 +200,7 @@ def split(
                 publish,
                 max_context=min(spec.max_context, num_blocks * block_size),
                 max_waiting=10_000,
+                attention_rank=attention_rank,
             )
             stack.callback(port_a.close)
             stack.enter_context(running(engine))

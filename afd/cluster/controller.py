@@ -19,8 +19,10 @@ from typing import Any, Protocol
 from afd.cluster.host import Handle, Host
 from afd.cluster.placement import resources_of, wanted
 from afd.cluster.roles import Roles
+from afd.cluster.timelines import collect
 from afd.config import Deployment
 from afd.errors import AfdError, ClusterError
+from afd.pipeline.timeline import Timelines
 from afd.types import ClusterView, FfnAddress, Role, WorkerView
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ POLL_S = 0.25  # how often each worker is asked; a death is known after at most 
 CONNECT_MARGIN_S = 10.0  # a worker's own transport.connect_s runs out first and has the better sentence
 STOP_MARGIN_S = 1.5  # for a worker to end after draining, before it is killed
 END_S = 5.0  # for the controller's own thread to end once no worker lives
+
+NOT_COUNTERS = frozenset({"state", "message", "pid", "totals"})  # of a role's status
 
 
 class Cluster(Protocol):
@@ -40,6 +44,10 @@ class Cluster(Protocol):
 
     def view(self) -> ClusterView:
         """Every worker's state now."""
+
+    def timelines(self, seconds: float, max_events: int) -> Timelines:
+        """The last `seconds` of every worker's timeline, at most `max_events` events over all of them. Takes as long
+        as the slowest worker does to answer, and at most afd.cluster.timelines.ANSWER_S seconds."""
 
     def stop(self, drain_s: float) -> None:
         """Stops all workers: requests get `drain_s` seconds to finish, then what still runs is killed. Idempotent."""
@@ -92,6 +100,10 @@ class Controller:
         workers = tuple(self._workers.values())
         views = tuple(replace(w.view, pid=w.handle.pid, node=w.handle.node) for w in workers)
         return ClusterView(self._epoch, self._deployment.model, self._deployment.topology, views)
+
+    def timelines(self, seconds: float, max_events: int) -> Timelines:
+        """See Cluster."""
+        return collect([w.handle for w in tuple(self._workers.values()) if w.started], seconds, max_events)
 
     def stop(self, drain_s: float) -> None:
         """See Cluster."""
@@ -207,6 +219,8 @@ class Controller:
         else:
             status = answer.result()
             self._mark(worker, status["state"], status["message"])
+            counters = {name: count for name, count in status.items() if name not in NOT_COUNTERS}
+            worker.view = replace(worker.view, counters=counters, totals=status.get("totals"))
 
     def _mark(self, worker: _Worker, state: Any, message: str) -> None:
         if state == "lost" and worker.view.state != "lost" and not self._stopping.is_set():

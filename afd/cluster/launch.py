@@ -26,6 +26,7 @@ from afd.cluster.controller import Cluster
 from afd.cluster.roles import Roles, load
 from afd.config import Deployment
 from afd.errors import CheckpointError, ClusterError
+from afd.pipeline.timeline import Timelines
 from afd.spec import ModelSpec
 from afd.topology import ffn_shards
 from afd.types import ClusterView
@@ -56,7 +57,8 @@ def serve(deployment: Deployment, roles: Roles = Roles()) -> None:  # noqa: B008
         _signals() as quitting,
     ):
         watched = _Watched(ClusterView(0, deployment.model, deployment.topology))
-        server = router.Server(settings, watched.view, door, on_ready=partial(_announce, deployment, files.name))
+        announce = partial(_announce, deployment, files.name)
+        server = router.Server(settings, watched.view, door, timelines=watched.timelines, on_ready=announce)
         with open_cluster(deployment, roles) as cluster:
             watched.cluster = cluster
             quitting.listen()  # again: Ray has put its own handler in the way
@@ -116,6 +118,10 @@ class _Watched:
     def view(self) -> ClusterView:
         """Cluster.view."""
         return self.cluster.view() if self.cluster else self._nobody
+
+    def timelines(self, seconds: float, max_events: int) -> Timelines:
+        """Cluster.timelines."""
+        return self.cluster.timelines(seconds, max_events) if self.cluster else Timelines(())
 
 
 class _Quit:

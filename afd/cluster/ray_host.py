@@ -53,6 +53,7 @@ from afd.cluster.roles import Roles
 from afd.cluster.servant import Outcome, Servant
 from afd.config import Deployment, Resources
 from afd.errors import ClusterError
+from afd.pipeline.timeline import Timelines
 from afd.types import ClusterView
 
 log = logging.getLogger(__name__)
@@ -171,6 +172,11 @@ class RayCluster:
     def view(self) -> ClusterView:
         """See Cluster: what the controller said last, at once. When it is gone, so are its actors: all are lost."""
         return self._view
+
+    def timelines(self, seconds: float, max_events: int) -> Timelines:
+        """See Cluster. Raises ClusterError when the controller does not answer."""
+        answer: Timelines = self._controller.call("timelines", seconds, max_events, timeout_s=ASK_S)
+        return answer
 
     def stop(self, drain_s: float) -> None:
         """See Cluster."""

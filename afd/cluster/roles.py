@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from afd.pipeline.timeline import Recording
 from afd.types import FfnAddress
 
 
@@ -30,7 +31,12 @@ class FfnRole(Protocol):
         """Loads weights, listens, starts its loop. Any thread; takes as long as loading does."""
 
     def status(self) -> dict[str, object]:
-        """{"state": "ready" | "draining" | "lost", "message": one sentence when lost, ...counters}. Never blocks."""
+        """{"state": "ready" | "draining" | "lost", "message": one sentence when lost, "totals": its timeline's, or
+        None before there is one, "pid", ...counters}. Never blocks."""
+
+    def timeline(self, seconds: float, max_events: int) -> Recording:
+        """The newest part of its timeline: afd.pipeline.timeline.Timeline.recent. Never blocks. Raises ClusterError
+        before its loop runs."""
 
     def stop(self) -> None:
         """Ends the loop and closes every link. Legal in any state."""
@@ -46,6 +52,9 @@ class AttentionRole(Protocol):
         """Shakes hands with every FFN worker, then starts the engine."""
 
     def status(self) -> dict[str, object]:
+        """As an FFN worker's."""
+
+    def timeline(self, seconds: float, max_events: int) -> Recording:
         """As an FFN worker's."""
 
     def stop(self, drain_s: float) -> None:

@@ -12,7 +12,7 @@ from rich.text import Text
 from afd.commands.http import client, fetch, foreign
 
 COLOURS = {"ready": "green", "lost": "red"}
-COUNTERS = ("running", "waiting", "blocks_used", "blocks_total", "generated_tokens")
+COUNTERS = ("running", "waiting", "blocks_used", "blocks_total", "generated_tokens", "calls", "dispatches", "failures")
 
 
 def status(url: str, as_json: bool) -> None:

@@ -8,7 +8,7 @@ cache, or the reference's plain one), so a model knows neither files nor pages n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Protocol
@@ -67,8 +67,19 @@ class AttentionHalf(ABC):
         """hidden [tokens, hidden], positions [tokens] int64 -> the attention half of `layer`. Zero tokens is legal."""
 
     @abstractmethod
+    def head(self, hidden: Tensor) -> Generator[None, None, Tensor]:
+        """Final norm and LM head: [rows, hidden] -> [rows, vocab] float32. Yields now and then, so that whoever drives
+        it may do something more urgent first."""
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head: [rows, hidden] -> [rows, vocab] float32"""
+        """`head` in one go."""
+        slices = self.head(hidden)
+        while True:
+            try:
+                next(slices)
+            except StopIteration as end:
+                logits: Tensor = end.value
+                return logits
 
 
 class FfnHalf(ABC):

@@ -22,7 +22,7 @@ class FromFfn(_message.Message):
     def __init__(self, frame: _Optional[bytes] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol_version", "epoch", "model_digest", "attention_rank", "ffn_rank", "ep", "tp", "dtype", "num_layers", "hidden_size", "num_experts", "top_k", "max_tokens", "microbatches")
+    __slots__ = ("protocol_version", "epoch", "model_digest", "attention_rank", "ffn_rank", "ep", "tp", "dtype", "num_layers", "hidden_size", "num_experts", "top_k", "max_tokens", "microbatches", "dispatch_dtype")
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,7 @@ class Hello(_message.Message):
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
+    DISPATCH_DTYPE_FIELD_NUMBER: _ClassVar[int]
     protocol_version: int
     epoch: int
     model_digest: str
@@ -51,7 +52,8 @@ class Hello(_message.Message):
     top_k: int
     max_tokens: int
     microbatches: int
-    def __init__(self, protocol_version: _Optional[int] = ..., epoch: _Optional[int] = ..., model_digest: _Optional[str] = ..., attention_rank: _Optional[int] = ..., ffn_rank: _Optional[int] = ..., ep: _Optional[int] = ..., tp: _Optional[int] = ..., dtype: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., max_tokens: _Optional[int] = ..., microbatches: _Optional[int] = ...) -> None: ...
+    dispatch_dtype: int
+    def __init__(self, protocol_version: _Optional[int] = ..., epoch: _Optional[int] = ..., model_digest: _Optional[str] = ..., attention_rank: _Optional[int] = ..., ffn_rank: _Optional[int] = ..., ep: _Optional[int] = ..., tp: _Optional[int] = ..., dtype: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., num_experts: _Optional[int] = ..., top_k: _Optional[int] = ..., max_tokens: _Optional[int] = ..., microbatches: _Optional[int] = ..., dispatch_dtype: _Optional[int] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("refusal",)

@@ -18,7 +18,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from afd.transport.frame import HEADER_BYTES, MAX_MESSAGE_BYTES, Frame, frame_bytes
+from afd.transport.frame import Frame
+from afd.transport.shape import HEADER_BYTES, MAX_MESSAGE_BYTES, frame_bytes
 from afd.types import DType
 
 
@@ -32,7 +33,8 @@ class Hello:
     ffn_rank: int
     ep: int
     tp: int
-    dtype: DType
+    dtype: DType  # the model's, and a combine's
+    dispatch_dtype: DType  # a dispatch's: the model's, or one of fewer bytes
     num_layers: int
     hidden_size: int
     num_experts: int
@@ -43,7 +45,7 @@ class Hello:
     @property
     def dispatch_bytes(self) -> int:
         """Bytes of the largest frame from the attention side."""
-        return frame_bytes(self.max_tokens, self.hidden_size, self.dtype, self.top_k)
+        return frame_bytes(self.max_tokens, self.hidden_size, self.dispatch_dtype, self.top_k)
 
     @property
     def combine_bytes(self) -> int:
@@ -61,6 +63,7 @@ class Link(ABC):
 
     peer: str  # for messages, e.g. "ffn_rank 1"
     hello: Hello
+    spins: bool = False  # whether `poll`, called over and over, sees a frame sooner than sleeping would
 
     @abstractmethod
     def send(self, frame: Frame) -> None:
@@ -71,9 +74,14 @@ class Link(ABC):
         """The next frame if one is here; never blocks. Raises PeerLost once the peer is gone and all its frames
         were read, FrameError if what came is not a frame."""
 
+    def poll(self) -> Frame | None:
+        """`try_receive`, as cheap as can be: it may overlook that the peer is gone, and the descriptor need not become
+        readable after it."""
+        return self.try_receive()
+
     @abstractmethod
     def fileno(self) -> int:
-        """Readable whenever `try_receive` may give a frame or raise."""
+        """After `try_receive` gave None: readable once it may give a frame or raise."""
 
     @abstractmethod
     def close(self) -> None:

@@ -3,6 +3,10 @@
 The messages are those of proto/afd/rpc/ffn.proto. The `frame` field is put together by hand (a tag, a length, the
 frame) so that its bytes are copied once and not parsed. gRPC's own threads meet the port's thread in two queues:
 an inbox that a selector can wait on, and an outbox.
+
+Every hand-over between threads costs a wake-up and a turn at the interpreter's lock, so there are as few as gRPC's
+public interface allows. What comes in is put into the inbox by the function that gRPC calls to deserialize it, in the
+thread that read it off the socket; the thread that goes through the stream's iterator only asks for the next one.
 """
 
 from __future__ import annotations
@@ -12,8 +16,9 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import grpc
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
@@ -73,8 +78,17 @@ class _GrpcLink(Link):
             raise PeerLost(f"{self.peer} is gone", peer=self.peer)
         self._outbox.put(wrap(encode(frame)))
 
+    def arrived(self, message: bytes) -> bytes:
+        """Any thread, as gRPC's deserializer: takes in a message of the peer."""
+        self._inbox.put(message)
+        return message
+
     def try_receive(self) -> Frame | None:
         message = self._inbox.take()
+        return None if message is None else decode(unwrap(message), self._max_bytes)
+
+    def poll(self) -> Frame | None:
+        message = self._inbox.poll()
         return None if message is None else decode(unwrap(message), self._max_bytes)
 
     def fileno(self) -> int:
@@ -112,7 +126,8 @@ class _ClientLink(_GrpcLink):
         options.append(("grpc.max_receive_message_length", hello.combine_bytes + _ENVELOPE_BYTES))
         self._channel = grpc.insecure_channel(address, options=options)
         self._outbox.put(hello_packet(hello))
-        self._call = self._channel.stream_stream(_METHOD)(self._outgoing())
+        exchange = self._channel.stream_stream(_METHOD, response_deserializer=self.arrived)
+        self._call = exchange(self._outgoing())
         self._reader = threading.Thread(target=self._read, name=f"afd-grpc-{self.peer}", daemon=True)
         self._reader.start()
 
@@ -130,8 +145,8 @@ class _ClientLink(_GrpcLink):
     def _read(self) -> None:
         why = "it closed its end"
         try:
-            for message in self._call:
-                self._inbox.put(message)
+            for _ in self._call:
+                pass
         except grpc.RpcError as error:
             why = f"{error.code().name} on grpc:{self._address} ({error.details()})"
         self._ended(why)
@@ -147,25 +162,50 @@ class _ClientLink(_GrpcLink):
 class _ServerLink(_GrpcLink):
     """The FFN side's end, which lives in the handler of one stream."""
 
-    def __init__(self, hello: Hello, requests: Iterator[bytes]) -> None:
+    def __init__(self, hello: Hello, stream: _Stream) -> None:
         super().__init__(f"attention_rank {hello.attention_rank}", hello, hello.dispatch_bytes)
-        self._requests = requests
+        stream.link = self
 
-    def serve(self, context: grpc.ServicerContext) -> Iterator[bytes]:
+    def serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Runs both directions until either end closes."""
         if not context.add_callback(lambda: self._ended("its stream broke off")):
             self._ended("its stream broke off")
-        threading.Thread(target=self._read, name=f"afd-grpc-{self.peer}", daemon=True).start()
+        reader = threading.Thread(target=self._read, args=(requests,), name=f"afd-grpc-{self.peer}", daemon=True)
+        reader.start()
         yield from self._outgoing()
 
-    def _read(self) -> None:
+    def _read(self, requests: Iterator[bytes]) -> None:
         why = "it closed its end"
         try:
-            for message in self._requests:
-                self._inbox.put(message)
+            for _ in requests:
+                pass
         except grpc.RpcError:
             why = "its stream broke off"
         self._ended(why)
+
+
+class _Stream:
+    """One stream of the server: the messages before its link is there are the handler's, those after it the link's."""
+
+    def __init__(self) -> None:
+        self.link: _ServerLink | None = None
+
+    def arrived(self, message: bytes) -> bytes:
+        """gRPC's deserializer."""
+        return message if self.link is None else self.link.arrived(message)
+
+
+class _Streams(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """Gives every stream a deserializer of its own."""
+
+    def __init__(self, exchange: Callable[[_Stream, Iterator[bytes], grpc.ServicerContext], Iterator[bytes]]) -> None:
+        self._exchange = exchange
+
+    def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler | None:
+        if details.method != _METHOD:
+            return None
+        stream = _Stream()
+        return grpc.stream_stream_rpc_method_handler(partial(self._exchange, stream), stream.arrived)
 
 
 class GrpcListener(Listener):
@@ -174,12 +214,10 @@ class GrpcListener(Listener):
     def __init__(self, expected: Hello, bind: str) -> None:
         host, port = _split(bind)
         self._expected = expected
-        handler = grpc.stream_stream_rpc_method_handler(self._exchange)
-        service, method = _METHOD.lstrip("/").split("/")
         self._threads = ThreadPoolExecutor(_MAX_STREAMS, thread_name_prefix="afd-grpc")
         self._server = grpc.server(
             self._threads,
-            handlers=[grpc.method_handlers_generic_handler(service, {method: handler})],
+            handlers=[_Streams(self._exchange)],
             options=[
                 *_OPTIONS,
                 ("grpc.so_reuseport", 0),  # a port that is taken must be an error
@@ -197,7 +235,7 @@ class GrpcListener(Listener):
         self._server.start()
         self.address = f"{host}:{actual}"
 
-    def _exchange(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _exchange(self, stream: _Stream, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """The handler of one stream, in a thread of its own."""
         patience = threading.Timer(_HANDSHAKE_S, context.cancel)
         patience.daemon = True
@@ -211,14 +249,14 @@ class GrpcListener(Listener):
         if first is None:
             return
         hello, welcome = answer(self._expected, first)
+        link = None if hello is None else _ServerLink(hello, stream)  # before the peer may send frames
         yield welcome
-        if hello is None:
+        if link is None:
             return
-        link = _ServerLink(hello, requests)
         if not self._accepted.put(link):
             link.close()
             return
-        yield from link.serve(context)
+        yield from link.serve(requests, context)
 
     def try_accept(self) -> Link | None:
         return self._accepted.take()

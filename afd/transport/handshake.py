@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from afd.errors import HandshakeRefused
 from afd.rpc import ffn_pb2
 from afd.transport.base import Hello
-from afd.transport.frame import PROTOCOL_VERSION
+from afd.transport.shape import PROTOCOL_VERSION
 from afd.types import DType
 
 _log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ _MUST_EQUAL = {
     "ep": "EP degree",
     "tp": "TP degree",
     "dtype": "activation dtype",
+    "dispatch_dtype": "dispatch dtype",
     "num_layers": "number of layers",
     "hidden_size": "hidden size",
     "num_experts": "number of experts",
@@ -99,7 +100,7 @@ def _differs(name: str, theirs: object, ours: object) -> str:
 
 
 def _shown(field: str, value: int | str) -> int | str:
-    if field == "dtype":
+    if field in ("dtype", "dispatch_dtype"):
         return next((d.name for d in DType if d == value), f"number {value}")
     return "empty" if value == "" else value
 

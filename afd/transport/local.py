@@ -137,6 +137,10 @@ class LocalLink(Link):
         packet = self._inbox.take()
         return None if packet is None else decode(packet, self._max_bytes)
 
+    def poll(self) -> Frame | None:
+        packet = self._inbox.poll()
+        return None if packet is None else decode(packet, self._max_bytes)
+
     def cut(self) -> None:
         """Ends both directions; either end then sees PeerLost."""
         if self._postman:

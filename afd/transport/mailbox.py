@@ -6,6 +6,7 @@ import selectors
 import socket
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 from afd.errors import TransportError
@@ -21,25 +22,34 @@ def wait_readable(fd: int, timeout_s: float) -> bool:
 
 
 class Bell:
-    """A flag with a file descriptor, readable while the flag is up. Any thread may call anything."""
+    """A flag with a file descriptor, readable while the flag is up. Any thread may ring; one waits and silences.
+
+    Silencing takes no lock that ringing holds: a system call lends the interpreter to other threads, and the thread
+    that was just rung for would wait for the ringing one to get its turn again. The price: the descriptor may become
+    readable once more for a ring that was silenced already.
+    """
 
     def __init__(self) -> None:
         self.ringing = False
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of ringing and closing: a closed descriptor's number may be somebody else's
         self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
 
     def ring(self) -> None:
+        if self.ringing:
+            return
+        self.ringing = True
         with self._lock:
-            if not self.ringing and not self._closed:
+            if not self._closed:
                 self._writer.send(b"\0")
-            self.ringing = True
 
     def silence(self) -> None:
-        with self._lock:
-            if self.ringing and not self._closed:
-                self._reader.recv(1)
-            self.ringing = False
+        """Whoever put the flag up before this returns has done its work before: look for it afterwards."""
+        with suppress(OSError):
+            while len(self._reader.recv(_RINGS)) == _RINGS:
+                pass
+        self.ringing = False
 
     def fileno(self) -> int:
         return self._reader.fileno()
@@ -52,13 +62,17 @@ class Bell:
             self._writer.close()
 
 
+_RINGS = 64  # read at once; there are hardly ever more than two
+
+
 class Mailbox(Generic[T]):
-    """What other threads put, one thread takes, in order; readable while `take` has anything to say."""
+    """What other threads put, one thread takes, in order; readable while `take` has anything to say (and perhaps once
+    more, see Bell)."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
         self._end: TransportError | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of putting and ending
         self._bell = Bell()
 
     def put(self, item: T) -> bool:
@@ -67,15 +81,16 @@ class Mailbox(Generic[T]):
             if self._end is not None:
                 return False
             self._items.append(item)
-            self._bell.ring()
-            return True
+        self._bell.ring()
+        return True
 
     def end(self, error: TransportError) -> None:
         """Nothing comes after this: once all items are taken, `take` raises `error`. The first end counts."""
         with self._lock:
-            if self._end is None:
-                self._end = error
-                self._bell.ring()
+            if self._end is not None:
+                return
+            self._end = error
+        self._bell.ring()
 
     @property
     def ended(self) -> bool:
@@ -83,16 +98,22 @@ class Mailbox(Generic[T]):
 
     def take(self) -> T | None:
         """The oldest item, or None; never blocks. Raises what `end` was given once all items are taken."""
+        item = self.poll()
         if not self._items and self._end is None:
-            return None
-        with self._lock:
-            if self._items:
-                item = self._items.popleft()
-                if not self._items and self._end is None:
-                    self._bell.silence()
-                return item
-            if self._end is not None:
+            self._bell.silence()
+            if self._items or self._end is not None:  # it came meanwhile
+                self._bell.ring()
+        if item is None and self._end is not None:
+            item = self.poll()
+            if item is None:
                 raise again(self._end)
+        return item
+
+    def poll(self) -> T | None:
+        """The oldest item, or None, and nothing else: the descriptor may stay readable, the end is not told."""
+        try:
+            return self._items.popleft()
+        except IndexError:
             return None
 
     def fileno(self) -> int:

@@ -1,4 +1,4 @@
-"""Many links at once: waiting (spin, then sleep), waking, and the check that every frame is whose it says it is.
+"""Many links at once, and the check that every frame is whose it says it is.
 
 A port belongs to the one thread that uses it, which is asserted; only `wake` and `close` may be called from another.
 """
@@ -8,94 +8,25 @@ from __future__ import annotations
 import logging
 import math
 import selectors
-import threading
 import time
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from afd.errors import FrameError, PeerTimeout, TransportError
-from afd.transport.base import Link, Listener
-from afd.transport.checks import Sent, check_answer, check_dispatch
+from afd.torch_dtypes import TORCH_DTYPES
+from afd.transport.base import Hello, Link, Listener
+from afd.transport.checks import Sent, check_answer, check_dispatch, check_limits
+from afd.transport.float8 import dequantise, quantise
 from afd.transport.frame import Frame, FrameKind
-from afd.transport.mailbox import Bell, again
-from afd.types import FfnAddress
+from afd.transport.mailbox import again
+from afd.transport.waiting import Port
+from afd.types import DType, FfnAddress
 
 _log = logging.getLogger(__name__)
-
-_SHORTEST_SLEEP_S = 1e-3
-
-
-class _Port(ABC):
-    """One thread's view of many descriptors."""
-
-    def __init__(self, spin_us: int) -> None:
-        self._spin_s = spin_us / 1e6
-        self._selector = selectors.DefaultSelector()
-        self._bell = Bell()
-        self._selector.register(self._bell, selectors.EVENT_READ)
-        self._turn = threading.Lock()
-        self._owner: int | None = None
-        self._closed = False
-
-    def wake(self) -> None:
-        """From any thread: the wait that is going on, or the next one, returns None."""
-        self._bell.ring()
-
-    def close(self) -> None:
-        """From any thread: ends every link. A wait that is going on returns None; later calls raise. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
-        self.wake()
-        # Past a second the owner must be stuck in a send; closing its links under it is what ends that.
-        taken = self._turn.acquire(timeout=1.0)
-        self._close_all()
-        self._selector.close()
-        self._bell.close()
-        if taken:
-            self._turn.release()
-
-    @abstractmethod
-    def _close_all(self) -> None: ...
-
-    def _forget(self, link: Link) -> None:
-        if not self._closed:
-            self._selector.unregister(link)
-        link.close()
-
-    @contextmanager
-    def _mine(self) -> Iterator[None]:
-        me = threading.get_ident()
-        assert self._closed or self._owner in (None, me), "a port belongs to one thread; others may wake and close it"
-        with self._turn:
-            if self._closed:
-                raise TransportError("the port is closed")
-            self._owner = me
-            yield
-
-    def _wait(self, timeout_s: float, spin: bool, poll: Callable[[], Frame | None]) -> Frame | None:
-        """What `poll` gives, once it gives something; None after `timeout_s` seconds or a wake. `poll` is tried without
-        sleeping for the spin time first."""
-        start = time.monotonic()
-        until, spin_until = start + timeout_s, start + (self._spin_s if spin else 0.0)
-        while True:
-            frame = poll()
-            if frame is not None:
-                return frame
-            if self._bell.ringing:
-                self._bell.silence()
-                return None
-            now = time.monotonic()
-            if now >= until:
-                return None
-            # The kernel's wait rounds up to whole milliseconds; a shorter one is polled away.
-            left_s = until - now
-            self._selector.select(left_s if now >= spin_until and left_s >= _SHORTEST_SLEEP_S else 0)
 
 
 @dataclass(slots=True)
@@ -108,7 +39,7 @@ class _Ffn:
     error: TransportError | None = None  # why it is lost
 
 
-class AttentionPort(_Port):
+class AttentionPort(Port):
     """The attention side: one link to every FFN worker. Belongs to the engine's thread.
 
     A link that broke, timed out or misbehaved is closed and stays lost: every later `collect` that finds no frame says
@@ -118,8 +49,10 @@ class AttentionPort(_Port):
     def __init__(self, links: Sequence[Link], *, spin_us: int, deadline_s: float) -> None:
         super().__init__(spin_us)
         self._ffns = deque(_Ffn(link) for link in links)
+        self._num_lost = 0
         self._deadline_s = deadline_s
         self.ffn_ranks = tuple(link.hello.ffn_rank for link in links)
+        self._hello = links[0].hello
         for link in links:
             self._selector.register(link, selectors.EVENT_READ)
 
@@ -132,26 +65,26 @@ class AttentionPort(_Port):
         expert_ids: Tensor | None,
         expert_weights: Tensor | None,
     ) -> None:
-        """Sends y [tokens, hidden], and expert_ids and expert_weights [tokens, top_k] on MoE layers, to every FFN
-        worker. The tensors may be reused at once. A worker lost now or before is told by `collect`. Raises FrameError
-        when y has more tokens than the handshake agreed on."""
-        with self._mine():
+        """Sends y [tokens, hidden], in the dispatch dtype, and expert_ids and expert_weights [tokens, top_k] on MoE
+        layers, to every FFN worker. The tensors may be reused at once. A worker lost now or before is told by
+        `collect`. Raises FrameError when y has more tokens than the handshake agreed on."""
+        with self._mine:
+            hidden, scales = pack(y, self._hello.dispatch_dtype)
             for ffn in self._ffns:
                 if ffn.error is None:
-                    self._dispatch(ffn, microbatch, step, layer, y, expert_ids, expert_weights)
+                    hello = ffn.link.hello
+                    frame = Frame(
+                        FrameKind.DISPATCH, hello.epoch, hello.attention_rank, hello.ffn_rank, microbatch, step, layer,
+                        ffn.next_sequence, y.shape[0], hidden, expert_ids, expert_weights, "", scales,
+                    )  # fmt: skip
+                    self._dispatch(ffn, frame)
 
-    def _dispatch(
-        self, ffn: _Ffn, microbatch: int, step: int, layer: int, y: Tensor, ids: Tensor | None, weights: Tensor | None
-    ) -> None:
-        hello = ffn.link.hello
-        assert microbatch not in ffn.outstanding, f"microbatch {microbatch} still waits for {ffn.link.peer}"
-        frame = Frame(
-            FrameKind.DISPATCH, hello.epoch, hello.attention_rank, hello.ffn_rank, microbatch, step, layer,
-            ffn.next_sequence, y.shape[0], y, ids, weights,
-        )  # fmt: skip
-        check_dispatch(frame, hello)
+    def _dispatch(self, ffn: _Ffn, frame: Frame) -> None:
+        assert frame.microbatch not in ffn.outstanding, f"microbatch {frame.microbatch} still waits for {ffn.link.peer}"
+        check_limits(frame, ffn.link.hello)
         ffn.next_sequence += 1
-        ffn.outstanding[microbatch] = Sent(step, layer, frame.sequence, frame.num_tokens, time.monotonic())
+        sent = Sent(frame.step, frame.layer, frame.sequence, frame.num_tokens, time.monotonic())
+        ffn.outstanding[frame.microbatch] = sent
         try:
             ffn.link.send(frame)
         except TransportError as error:
@@ -161,35 +94,50 @@ class AttentionPort(_Port):
         """The next combine or error of any FFN worker (its ffn_rank says whose); None after `timeout_s` seconds or a
         wake. When no frame is here and a worker is lost, raises why, with `peer` naming it: PeerLost, FrameError
         (it sent what it must not), or PeerTimeout (no answer within transport.deadline_s)."""
-        with self._mine():
-            waiting = [sent.at_s for ffn in self._ffns for sent in ffn.outstanding.values()]
-            due = min(waiting, default=math.inf) + self._deadline_s
-            left_s = max(0.0, min(timeout_s, due - time.monotonic()))
-            frame = self._wait(left_s, bool(waiting), self._next_answer)
-            if frame is None and time.monotonic() >= due and not self._closed:
+        with self._mine:
+            due_s = self._oldest_s() + self._deadline_s
+            left_s = min(timeout_s, due_s - time.monotonic()) if timeout_s else 0.0
+            frame = self._wait(left_s, expecting=due_s < math.inf)
+            if frame is None and time.monotonic() >= due_s and not self._closed:
                 self._lose_the_late()
-                return self._next_answer()
+                return self._next(thoroughly=True)
             return frame
 
-    def _next_answer(self) -> Frame | None:
+    def _oldest_s(self) -> float:
+        """When the oldest dispatch without an answer was sent; infinity when there is none."""
+        oldest_s = math.inf
+        for ffn in self._ffns:
+            for sent in ffn.outstanding.values():
+                oldest_s = min(oldest_s, sent.at_s)
+        return oldest_s
+
+    def _links(self) -> Iterator[Link]:
+        return (ffn.link for ffn in self._ffns if ffn.error is None)
+
+    def _next(self, thoroughly: bool) -> Frame | None:
         for _ in range(len(self._ffns)):
             ffn = self._ffns[0]
             self._ffns.rotate(-1)
             if ffn.error is None:
                 try:
-                    frame = ffn.link.try_receive()
+                    frame = ffn.link.try_receive() if thoroughly else ffn.link.poll()
                     if frame is not None:
                         check_answer(frame, ffn.link.hello, ffn.outstanding.get(frame.microbatch))
                         del ffn.outstanding[frame.microbatch]
                         return frame
                 except TransportError as error:
                     self._lose(ffn, error)
-        lost = next((ffn for ffn in self._ffns if ffn.error is not None), None)
-        if lost is not None and lost.error is not None:
-            self._ffns.remove(lost)
-            self._ffns.append(lost)
-            raise again(lost.error)
+        if self._num_lost:
+            self._complain()
         return None
+
+    def _complain(self) -> None:
+        """Raises why a worker is lost; each lost one has its turn."""
+        lost = next(ffn for ffn in self._ffns if ffn.error is not None)
+        assert lost.error is not None, "a lost worker without its error"
+        self._ffns.remove(lost)
+        self._ffns.append(lost)
+        raise again(lost.error)
 
     def _lose_the_late(self) -> None:
         due_at_s = time.monotonic() - self._deadline_s
@@ -202,6 +150,7 @@ class AttentionPort(_Port):
 
     def _lose(self, ffn: _Ffn, error: TransportError) -> None:
         ffn.error = _named(error, ffn.link.peer)
+        self._num_lost += 1
         ffn.outstanding.clear()
         self._forget(ffn.link)
 
@@ -219,16 +168,18 @@ class _Attention:
     last_sequence: dict[int, int] = field(default_factory=dict)  # by microbatch
 
 
-class FfnPort(_Port):
+class FfnPort(Port):
     """The FFN side: a link from every attention worker that is there. Belongs to the FFN loop's thread.
 
     Nobody's misbehaviour or death ends it: the link is closed and one sentence logged. A frame's tensors are valid
     until its combine or error is sent.
     """
 
-    def __init__(self, listeners: Sequence[Listener], address: FfnAddress, *, spin_us: int) -> None:
+    def __init__(self, listeners: Sequence[Listener], address: FfnAddress, expected: Hello, *, spin_us: int) -> None:
+        """`expected`: what this worker serves."""
         super().__init__(spin_us)
         self.address = address
+        self._dtype = TORCH_DTYPES[expected.dtype]
         self._listeners = tuple(listeners)
         self._attentions: deque[_Attention] = deque()
         for listener in listeners:
@@ -242,17 +193,29 @@ class FfnPort(_Port):
     def receive(self, timeout_s: float) -> Frame | None:
         """The next dispatch of any attention worker; None after `timeout_s` seconds or a wake. Takes in new attention
         workers on the way; one that comes again (restarted) replaces its old link."""
-        with self._mine():
-            return self._wait(timeout_s, bool(self._attentions), self._next_dispatch)
+        with self._mine:
+            return self._wait(timeout_s, expecting=bool(self._attentions))
 
-    def _next_dispatch(self) -> Frame | None:
-        for listener in self._listeners:
+    def hidden(self, dispatch: Frame, device: torch.device) -> Tensor:
+        """y of a dispatch [tokens, hidden], in the model's dtype on `device`: a view of the frame where it has that
+        already."""
+        assert dispatch.hidden is not None, "a dispatch without a payload passed the port"
+        hidden = dispatch.hidden.to(device)
+        if dispatch.scales is None:
+            return hidden.to(self._dtype)
+        return dequantise(hidden, dispatch.scales.to(device), self._dtype)
+
+    def _links(self) -> Iterator[Link]:
+        return (attention.link for attention in self._attentions)
+
+    def _next(self, thoroughly: bool) -> Frame | None:
+        for listener in self._listeners if thoroughly else ():
             if (link := listener.try_accept()) is not None:
                 self._welcome(link)
         for attention in tuple(self._attentions):
             self._attentions.rotate(-1)
             try:
-                frame = attention.link.try_receive()
+                frame = attention.link.try_receive() if thoroughly else attention.link.poll()
                 if frame is not None:
                     self._check(frame, attention)
                     return frame
@@ -295,12 +258,15 @@ class FfnPort(_Port):
         self._answer(dispatch, FrameKind.ERROR, None, message)
 
     def _answer(self, dispatch: Frame, kind: FrameKind, partial: Tensor | None, message: str) -> None:
-        with self._mine():
+        with self._mine:
             attention = next((a for a in self._attentions if a.outstanding.get(dispatch.microbatch) is dispatch), None)
             if attention is None:
                 return
             del attention.outstanding[dispatch.microbatch]
-            frame = replace(dispatch, kind=kind, hidden=partial, expert_ids=None, expert_weights=None, message=message)
+            frame = Frame(
+                kind, dispatch.epoch, dispatch.attention_rank, dispatch.ffn_rank, dispatch.microbatch, dispatch.step,
+                dispatch.layer, dispatch.sequence, dispatch.num_tokens, partial, message=message,
+            )  # fmt: skip
             try:
                 attention.link.send(frame)
             except TransportError as error:
@@ -311,6 +277,11 @@ class FfnPort(_Port):
             attention.link.close()
         for listener in self._listeners:
             listener.close()
+
+
+def pack(y: Tensor, dtype: DType) -> tuple[Tensor, Tensor | None]:
+    """y [tokens, hidden] as a frame carries it in `dtype`, and its scales where that has some."""
+    return quantise(y) if dtype is DType.FP8 else (y.to(TORCH_DTYPES[dtype]), None)
 
 
 def _named(error: TransportError, peer: str) -> TransportError:

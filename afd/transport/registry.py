@@ -100,6 +100,7 @@ def listen(
             FfnAddress(
                 expected.ffn_rank, host_key(), doors.get("shm", ""), doors.get("grpc", ""), doors.get("inproc", "")
             ),
+            expected,
             spin_us=spin_us,
         )
         opened.pop_all()

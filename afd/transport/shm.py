@@ -1,11 +1,8 @@
-"""Shared memory between two processes of one host (Linux).
+"""Shared memory between two processes of one host (Linux): how they meet. What they then share: afd.transport.shm_link.
 
-Frames lie in a memfd region that both sides map: for each microbatch one slot for its dispatch and one for its
-combine. An abstract unix socket (SOCK_SEQPACKET) carries the handshake, hands over the memfd, and from then on is the
-doorbell: a packet names the slot that was filled. The kernel takes everything back when the processes are gone, killed
-or not: there is no file in /dev/shm, no socket file, and the peer reads end-of-file at once.
-
-The sender writes its tensors straight into the slot; the receiver gets views of it.
+An abstract unix socket (SOCK_SEQPACKET) carries the handshake and hands over the memfd region that both sides map. The
+kernel takes everything back when the processes are gone, killed or not: there is no file in /dev/shm, no socket file,
+and the peer reads end-of-file at once.
 """
 
 from __future__ import annotations
@@ -21,22 +18,18 @@ import socket
 import struct
 import sys
 import time
-from contextlib import suppress
-from dataclasses import dataclass
 
-from afd.errors import FrameError, PeerLost, PeerTimeout, TransportError
+from afd.errors import PeerLost, PeerTimeout, TransportError
 from afd.transport.base import Hello, Link, Listener
-from afd.transport.frame import Frame, decode, write
 from afd.transport.handshake import answer, check_welcome, hello_packet
+from afd.transport.shm_link import Region, ShmLink, hang_up
 
 _log = logging.getLogger(__name__)
 
-_DOORBELL = struct.Struct("<II")  # slot (the microbatch), bytes of the frame in it
 _PEERCRED = struct.Struct("3i")  # pid, uid, gid
 _PACKET_BYTES = 65536  # more than any handshake message
 _HANDSHAKE_S = 5.0  # a client that says nothing for this long is shown out
 _MAX_PENDING = 64  # clients in the door at once; the oldest leaves
-_ALIGNMENT = 64
 
 
 def missing() -> str:
@@ -75,7 +68,7 @@ def dial(address: str, hello: Hello, timeout_s: float, deadline_s: float) -> Lin
             if not welcome:
                 raise PeerLost(f"{peer} closed the connection during the handshake", peer=peer)
             check_welcome(welcome, peer)
-            memory = _map(fds[0] if fds else -1, _Region.of(hello).total_bytes, peer)
+            memory = _map(fds[0] if fds else -1, Region.of(hello).total_bytes, peer)
         finally:
             for fd in fds:
                 os.close(fd)
@@ -92,127 +85,6 @@ def dial(address: str, hello: Hello, timeout_s: float, deadline_s: float) -> Lin
         sock.close()
         raise
     return ShmLink(peer, hello, sock, memory, attention_side=True, deadline_s=deadline_s)
-
-
-@dataclass(frozen=True, slots=True)
-class _Region:
-    """Where the slots lie: all dispatch slots, then all combine slots."""
-
-    microbatches: int
-    dispatch_bytes: int
-    combine_bytes: int
-
-    @classmethod
-    def of(cls, hello: Hello) -> _Region:
-        sizes = [(n + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT for n in (hello.dispatch_bytes, hello.combine_bytes)]
-        return cls(hello.microbatches, *sizes)
-
-    @property
-    def total_bytes(self) -> int:
-        return self.microbatches * (self.dispatch_bytes + self.combine_bytes)
-
-    def dispatch(self, slot: int) -> slice:
-        return slice(slot * self.dispatch_bytes, (slot + 1) * self.dispatch_bytes)
-
-    def combine(self, slot: int) -> slice:
-        start = self.microbatches * self.dispatch_bytes + slot * self.combine_bytes
-        return slice(start, start + self.combine_bytes)
-
-
-class ShmLink(Link):
-    """One end of a connected socket and a mapped region."""
-
-    def __init__(
-        self,
-        peer: str,
-        hello: Hello,
-        sock: socket.socket,
-        memory: mmap.mmap,
-        *,
-        attention_side: bool,
-        deadline_s: float,
-    ) -> None:
-        self.peer, self.hello = peer, hello
-        self._sock = sock
-        self._sock.setblocking(False)
-        self._deadline_s = deadline_s
-        region = _Region.of(hello)
-        # The views keep the mapping alive, and with it every tensor handed out: it is unmapped with the last of them.
-        whole = memoryview(memory)
-        sent, received = (region.dispatch, region.combine) if attention_side else (region.combine, region.dispatch)
-        self._send_slots = [whole[sent(i)] for i in range(region.microbatches)]
-        self._receive_slots = [whole[received(i)] for i in range(region.microbatches)]
-
-    def send(self, frame: Frame) -> None:
-        assert 0 <= frame.microbatch < len(self._send_slots), (
-            f"microbatch {frame.microbatch} has no slot; the link has {len(self._send_slots)}"
-        )
-        size = write(frame, self._send_slots[frame.microbatch])
-        self._ring(_DOORBELL.pack(frame.microbatch, size))
-
-    def _ring(self, packet: bytes) -> None:
-        until = time.monotonic() + self._deadline_s
-        while True:
-            try:
-                self._sock.send(packet)
-                return
-            except BlockingIOError:
-                self._wait_writable(until - time.monotonic())
-            except OSError as error:
-                raise self._lost(error) from error
-
-    def _wait_writable(self, timeout_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._sock, select.POLLOUT)
-        if timeout_s <= 0 or not poll.poll(timeout_s * 1000):
-            raise PeerTimeout(
-                f"{self.peer} has read none of its frames for {self._deadline_s:.3g} s (transport.deadline_s)",
-                peer=self.peer,
-            )
-
-    def try_receive(self) -> Frame | None:
-        try:
-            packet = self._read()
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise self._lost(error) from error
-        if not packet:
-            raise self._lost(None)
-        if len(packet) != _DOORBELL.size:
-            raise FrameError(
-                f"{self.peer} sent a doorbell of {len(packet)} bytes, not {_DOORBELL.size}", peer=self.peer
-            )
-        slot, size = _DOORBELL.unpack(packet)
-        if slot >= len(self._receive_slots):
-            raise FrameError(
-                f"{self.peer} rang for slot {slot}; the link has {len(self._receive_slots)} (attention.microbatches)",
-                peer=self.peer,
-            )
-        memory = self._receive_slots[slot]
-        if size > memory.nbytes:
-            raise FrameError(f"{self.peer} filled {size} bytes of a slot of {memory.nbytes} bytes", peer=self.peer)
-        frame = decode(memory[:size], memory.nbytes)
-        if frame.microbatch != slot:
-            raise FrameError(f"{self.peer} put microbatch {frame.microbatch} into slot {slot}", peer=self.peer)
-        return frame
-
-    def _read(self) -> bytes:
-        try:
-            return self._sock.recv(_DOORBELL.size + 1)
-        except ConnectionResetError:
-            # The peer died without reading all of ours. What it sent before is still in the queue behind this error.
-            return self._sock.recv(_DOORBELL.size + 1)
-
-    def _lost(self, error: OSError | None) -> PeerLost:
-        why = "it closed its end or died" if error is None else error.strerror or str(error)
-        return PeerLost(f"{self.peer} is gone: {why}", peer=self.peer)
-
-    def fileno(self) -> int:
-        return self._sock.fileno()
-
-    def close(self) -> None:
-        _hang_up(self._sock)
 
 
 class ShmListener(Listener):
@@ -239,7 +111,7 @@ class ShmListener(Listener):
         now = time.monotonic()
         for fd in [fd for fd, (_, until) in self._pending.items() if until < now]:
             _log.warning("a shared-memory client said nothing for %g s and was shown out", _HANDSHAKE_S)
-            _hang_up(self._leave(fd))
+            hang_up(self._leave(fd))
         for fd, _ in self._epoll.poll(0):
             if fd == self._sock.fileno():
                 self._admit()
@@ -262,7 +134,7 @@ class ShmListener(Listener):
             client.close()
             return
         if len(self._pending) >= _MAX_PENDING:
-            _hang_up(self._leave(next(iter(self._pending))))
+            hang_up(self._leave(next(iter(self._pending))))
         self._pending[client.fileno()] = (client, time.monotonic() + _HANDSHAKE_S)
         self._epoll.register(client.fileno(), select.EPOLLIN)
 
@@ -279,12 +151,12 @@ class ShmListener(Listener):
             hello, welcome = answer(self._expected, packet)
             if hello is None:
                 client.send(welcome)
-                _hang_up(client)
+                hang_up(client)
                 return None
-            memory = self._hand_over(client, welcome, _Region.of(hello).total_bytes)
+            memory = self._hand_over(client, welcome, Region.of(hello).total_bytes)
         except OSError as error:
             _log.warning("the handshake with a shared-memory client failed: %s", error.strerror)
-            _hang_up(client)
+            hang_up(client)
             return None
         peer = f"attention_rank {hello.attention_rank}"
         return ShmLink(peer, hello, client, memory, attention_side=False, deadline_s=self._deadline_s)
@@ -296,7 +168,7 @@ class ShmListener(Listener):
         try:
             os.posix_fallocate(fd, 0, size)
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-            memory = mmap.mmap(fd, size)
+            memory = _mapped(fd, size)
             socket.send_fds(client, [welcome], [fd])
             return memory
         finally:
@@ -304,7 +176,7 @@ class ShmListener(Listener):
 
     def close(self) -> None:
         for client, _ in self._pending.values():
-            _hang_up(client)
+            hang_up(client)
         self._pending.clear()
         self._epoll.close()
         self._sock.close()
@@ -319,7 +191,12 @@ def _map(fd: int, size: int, peer: str) -> mmap.mmap:
         raise TransportError(
             f"{peer} offered {actual} bytes of memory; the handshake agreed on {size}, sealed", peer=peer
         )
-    return mmap.mmap(fd, size)
+    return _mapped(fd, size)
+
+
+def _mapped(fd: int, size: int) -> mmap.mmap:
+    """With the page tables filled in now, not by a fault in each page's first frame."""
+    return mmap.mmap(fd, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
 
 
 def _check_user(sock: socket.socket, who: str) -> None:
@@ -328,10 +205,3 @@ def _check_user(sock: socket.socket, who: str) -> None:
         raise TransportError(
             f"{who} runs as user {uid}, this process as user {os.getuid()}; shared memory is for one user", peer=who
         )
-
-
-def _hang_up(sock: socket.socket) -> None:
-    """Closes the connection even where a forked child still holds a copy of the descriptor."""
-    with suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-    sock.close()

@@ -30,6 +30,7 @@ HELLO = Hello(
     ep=1,
     tp=1,
     dtype=DType.FP32,
+    dispatch_dtype=DType.FP32,
     num_layers=4,
     hidden_size=48,
     num_experts=8,

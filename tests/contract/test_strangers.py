@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+import mmap
 import os
 import signal
 import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from afd.errors import HandshakeRefused, TransportError
 from afd.transport import shm
 from afd.transport.handshake import hello_packet
 from afd.transport.ports import AttentionPort
+from afd.transport.shm_link import Region
 from tests.contract.pairs import (
     HELLO,
     KINDS,
@@ -62,30 +66,63 @@ def test_garbage_on_the_shm_socket_gets_a_refusal_and_disturbs_nobody(caplog: py
     assert "refused a connection: its first message, 500 bytes, is not a Hello" in caplog.text
 
 
+REGION = Region.of(HELLO)
+
+
+@contextmanager
+def shm_client(address: str) -> Iterator[tuple[socket.socket, memoryview]]:
+    """A bare client after its handshake, and the start of the region, which holds the queue of dispatches."""
+    with seqpacket(address) as client:
+        client.send(hello_packet(replace(HELLO, attention_rank=5)))
+        _, fds, _, _ = socket.recv_fds(client, 1000, 1)
+        memory = memoryview(mmap.mmap(fds[0], REGION.queue_bytes))
+        os.close(fds[0])
+        yield client, memory
+
+
+def is_cut_off(client: socket.socket) -> bool:
+    """Waits for the end, which is a reset where the other side left something unread."""
+    try:
+        return client.recv(1000) == b""
+    except ConnectionResetError:
+        return True
+
+
 @pytest.mark.parametrize(
-    ("packet", "said"),
+    ("packet", "entry", "said"),
     [
-        (b"", "attention_rank 5 is gone"),
-        (b"x" * 3, "doorbell of 3 bytes"),
-        (b"\x03\0\0\0\x40\0\0\0", "rang for slot 3; the link has 3"),
-        (b"\0\0\0\0\xff\xff\xff\x7f", "filled 2147483647 bytes of a slot of"),
-        (b"\0\0\0\0\x40\0\0\0", "a frame starts with"),
-        (b"\0\0\0\0\x3f\0\0\0", "a frame of 63 bytes is shorter than its header"),
+        (b"", None, "attention_rank 5 is gone"),
+        (b"xxx", None, "doorbell of more than one byte"),
+        (b"x", 3 << 32 | 64, "filled slot 3; the link has 3"),
+        (b"x", 0x7FFFFFFF, f"a frame of 2147483647 bytes does not fit the slot of {REGION.dispatch_bytes} bytes"),
+        (b"x", 64, "a frame starts with"),
+        (b"x", 63, "a frame of 63 bytes is shorter than its header"),
+        (b"x", 2**64 - 1, "filled slot 4294967295"),
     ],
 )
-def test_a_doorbell_that_makes_no_sense_cuts_off_its_sender_only(
-    packet: bytes, said: str, caplog: pytest.LogCaptureFixture
+def test_an_entry_or_doorbell_that_makes_no_sense_cuts_off_its_sender_only(
+    packet: bytes, entry: int | None, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ffn_worker("shm") as ffn, attention("shm", [ffn.port.address]) as port:
-        with seqpacket(ffn.port.address.shm) as client:
-            client.send(hello_packet(replace(HELLO, attention_rank=5)))
-            _, fds, _, _ = socket.recv_fds(client, 1000, 1)
-            os.close(fds[0])
+        with shm_client(ffn.port.address.shm) as (client, memory):
+            if entry is not None:
+                REGION.queue(memory, 0).put(entry)
             client.send(packet)
-            assert client.recv(1000) == b""
+            assert is_cut_off(client)
         works(port)
     assert said in caplog.text
     assert "attention_rank 5" in caplog.text
+
+
+@pytest.mark.parametrize("count", [7, 2**63, 2**64 - 1])
+def test_a_queue_that_claims_too_much_cuts_off_its_sender_only(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    with ffn_worker("shm") as ffn, attention("shm", [ffn.port.address]) as port:
+        with shm_client(ffn.port.address.shm) as (client, memory):
+            memory.cast("Q")[0] = count
+            client.send(b"x")
+            assert is_cut_off(client)
+        works(port)
+    assert f"attention_rank 5: a queue of 6 entries claims to hold {count}" in caplog.text
 
 
 def test_silent_shm_clients_stall_nobody_and_are_shown_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,30 @@ def test_both_roles_agree_on_what_they_serve_and_another_models_digest_differs(t
 def test_threads_share_the_hosts_cores_and_are_at_least_one() -> None:
     assert build.num_threads(5, 2) == 5
     assert build.num_threads("auto", 1000) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no core affinity on this system")
+@pytest.mark.parametrize(
+    ("topology", "role", "rank", "expected"),
+    [
+        ("1A1F", Role.ATTENTION, 0, [0, 1, 2]),
+        ("1A1F", Role.FFN, 0, [3, 4, 5]),
+        ("2A1F", Role.ATTENTION, 1, [2, 3]),
+        ("2A1F", Role.FFN, 0, [4, 5]),
+        ("2A2F", Role.FFN, 1, [3]),
+        ("4A4F", Role.FFN, 1, None),  # more workers than cores
+    ],
+)
+def test_each_worker_of_a_host_has_cores_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, topology: str, role: Role, rank: int, expected: list[int] | None
+) -> None:
+    pinned: list[list[int]] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: pinned.append(list(cores)))
+    deployment = Deployment(topology=topology)
+    workers = deployment.counts.attention + deployment.counts.ffn
+    build.pin(deployment, role, rank, workers)
+    assert pinned == ([] if expected is None else [expected])
+    build.pin(deployment, role, rank, workers - 1)
+    build.pin(deployment.with_flags({"cluster.pin_cores": False}), role, rank, workers)
+    assert len(pinned) == (expected is not None), "neither across hosts nor where it is off"

@@ -29,7 +29,7 @@ def scheduler(
 
 def finish_step(sched: Scheduler, batch: Batch) -> None:
     """What the engine does at the end of a step, with made-up tokens."""
-    sched.complete(batch)
+    sched.complete(batch, now_s=batch.began_s)
     for chunk in batch.chunks:
         if chunk.samples and chunk.sequence.append(SampledToken(7), ()).finish_reason:
             sched.remove(chunk.sequence)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from afd.config import Deployment
 from afd.errors import CheckpointError, ClusterError, PeerLost
-from afd.types import FfnAddress
+from afd.pipeline.timeline import Recording, Timeline
+from afd.types import FfnAddress, Role
 
 
 class Toy:
@@ -21,6 +22,7 @@ class Toy:
         me = f"{self.role}{rank}:"
         self.deeds = [word.removeprefix(me) for word in deployment.model.split() if word.startswith(me)]
         self.never = threading.Event()
+        self.time = Timeline(Role(self.role), rank, capacity=64)
 
     def begin(self) -> None:
         if "refuse" in self.deeds:
@@ -34,7 +36,13 @@ class Toy:
 
     def status(self) -> dict[str, object]:
         lost = "lose" in self.deeds
-        return {"state": "lost" if lost else "ready", "message": "the wire was cut" if lost else "", "pid": os.getpid()}
+        said = {"state": "lost" if lost else "ready", "message": "the wire was cut" if lost else "", "pid": os.getpid()}
+        return said | {"deeds": len(self.deeds), "totals": self.time.totals()}
+
+    def timeline(self, seconds: float, max_events: int) -> Recording:
+        if "forget" in self.deeds:
+            raise ClusterError(f"{self.role} {self.rank} does not remember")
+        return self.time.recent(seconds, max_events)
 
 
 class ToyFfn(Toy):

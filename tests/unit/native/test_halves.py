@@ -119,6 +119,15 @@ def test_a_row_depends_on_its_own_sequence_alone_to_the_last_bit(family: str, dt
         assert torch.equal(whole[:1], single)
 
 
+def all_slices(packed: PackedLinear, x: Tensor, work: int) -> Tensor:
+    slices = packed.in_slices(x, work)
+    while True:
+        try:
+            next(slices)
+        except StopIteration as end:
+            return end.value
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_packed_product_is_the_same_for_any_number_of_rows_and_threads(dtype: torch.dtype, threads: int) -> None:
@@ -129,10 +138,12 @@ def test_a_packed_product_is_the_same_for_any_number_of_rows_and_threads(dtype: 
     packed = PackedLinear(library, weight)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    whole = packed(x, torch.float32)
-    rows = torch.cat([packed(x[i : i + 1], torch.float32) for i in range(40)])
+    whole = all_slices(packed, x, 10**9)
+    rows = torch.cat([all_slices(packed, x[i : i + 1], 10**9) for i in range(40)])
+    few_at_a_time = all_slices(packed, x, 1)
     torch.set_num_threads(before)
     assert torch.equal(whole, rows)
+    assert torch.equal(whole, few_at_a_time)
     torch.testing.assert_close(whole, x.float() @ weight.float().T, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed(x).float(), whole, rtol=1e-2, atol=1e-2)
 

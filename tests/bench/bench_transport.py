@@ -1,0 +1,271 @@
+"""Round trips of every transport between two real processes, beside a memcpy and bare sockets.
+
+    PYTHONPATH=. python tests/bench/bench_transport.py [--rounds 5] [--spin-us 200] [--free] [--kinds shm grpc ...]
+
+One process per transport echoes: each dispatch comes back as a combine of the same bytes. Kinds and sizes take turns
+inside every round, so that a noisy minute hits all of them; a figure is the median over rounds of the round's median.
+GB/s counts the bytes of both directions over the round trip. The memcpy makes the two copies that shared memory cannot
+avoid, in one thread; the bare sockets send and receive the same bytes with nothing around them. Unless --free is given,
+this process runs on the first core and the echoing ones on the second. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+
+import torch
+from torch import Tensor
+
+from afd.transport.base import Hello
+from afd.transport.registry import connect, listen
+from afd.types import DType, FfnAddress
+
+KIB, MIB = 1024, 1024**2
+SIZES = (KIB, 4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 14 * MIB)
+KINDS = ("shm", "grpc", "collective")
+HIDDEN = 256  # float32, so that a token is 1 KiB
+BUDGET_S = 0.25  # of one round of one kind and size
+HELLO = Hello(
+    epoch=1,
+    model_digest="bench",
+    attention_rank=0,
+    ffn_rank=0,
+    ep=1,
+    tp=1,
+    dtype=DType.FP32,
+    dispatch_dtype=DType.FP32,
+    num_layers=1,
+    hidden_size=HIDDEN,
+    num_experts=0,
+    top_k=0,
+    max_tokens=max(SIZES) // (4 * HIDDEN),
+    microbatches=1,
+)
+
+RoundTrip = Callable[[int], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--spin-us", type=int, default=200)
+    parser.add_argument("--free", action="store_true", help="let the scheduler place the processes")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS))
+    parser.add_argument("--sizes", nargs="+", type=int, default=list(SIZES))
+    parser.add_argument("--idle-s", type=float, default=3.0, help="how long to watch idle workers' CPU time")
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    cores = None if flags.free else sorted(os.sched_getaffinity(0))[:2]
+    if cores:
+        os.sched_setaffinity(0, {cores[0]})
+    with ExitStack() as stack:
+        trips: dict[str, RoundTrip] = {"memcpy": copies()}
+        pids: dict[str, int] = {}
+        for kind in flags.kinds:
+            trips[kind], pids[kind] = stack.enter_context(transport(kind, flags.spin_us, cores))
+        for name in ("unix socket", "tcp socket"):
+            trips[name] = stack.enter_context(bare_socket(name, cores))
+        medians = measure(trips, flags.sizes, flags.rounds)
+        idle = {kind: cpu_share(pid, flags.idle_s) for kind, pid in pids.items()}
+    print_table(medians, flags.sizes)
+    print("\nCPU time of an idle FFN worker: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in idle.items()))
+    result = {
+        "bench": "transport",
+        "spin_us": flags.spin_us,
+        "pinned": bool(cores),
+        "rounds": flags.rounds,
+        "idle_cpu": idle,
+        "round_trip_us": {kind: {str(s): round(1e6 * t, 1) for s, t in row.items()} for kind, row in medians.items()},
+    }
+    print(json.dumps(result))
+
+
+def measure(trips: dict[str, RoundTrip], sizes: list[int], rounds: int) -> dict[str, dict[int, float]]:
+    """Seconds of a round trip, by kind and bytes."""
+    found: dict[str, dict[int, list[float]]] = {kind: {size: [] for size in sizes} for kind in trips}
+    for _ in range(rounds):
+        for size in sizes:
+            for kind, trip in trips.items():
+                found[kind][size].append(one_round(trip, size))
+    return {k: {size: statistics.median(times) for size, times in row.items()} for k, row in found.items()}
+
+
+def one_round(trip: RoundTrip, size: int) -> float:
+    times, end = [], time.perf_counter() + BUDGET_S
+    for _ in range(3):
+        trip(size)
+    while len(times) < 5 or time.perf_counter() < end:
+        start = time.perf_counter()
+        trip(size)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def print_table(medians: dict[str, dict[int, float]], sizes: list[int]) -> None:
+    print("| bytes each way | " + " | ".join(medians) + " |")
+    print("|---|" + "---|" * len(medians))
+    for size in sizes:
+        name = f"{size // KIB} KiB" if size < MIB else f"{size // MIB} MiB"
+        cells = [f"{1e6 * row[size]:,.0f} µs, {2 * size / row[size] / 1e9:.2f} GB/s" for row in medians.values()]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def cpu_share(pid: int, seconds: float) -> float:
+    """Part of a core that a process uses while nobody talks to it."""
+
+    def used_s() -> float:
+        with open(f"/proc/{pid}/stat") as stat:
+            fields = stat.read().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    before = used_s()
+    time.sleep(seconds)
+    return (used_s() - before) / seconds
+
+
+# ---- what is measured -----------------------------------------------------------------------------------------
+
+
+def payload(size: int) -> Tensor:
+    """float32 [tokens, HIDDEN] of `size` bytes"""
+    return torch.ones(size // (4 * HIDDEN), HIDDEN)
+
+
+def copies() -> RoundTrip:
+    buffers = {size: [payload(size) for _ in range(3)] for size in SIZES}
+
+    def trip(size: int) -> None:
+        first, second, third = buffers[size]
+        second.copy_(first)
+        third.copy_(second)
+
+    return trip
+
+
+@contextmanager
+def transport(kind: str, spin_us: int, cores: list[int] | None) -> Iterator[tuple[RoundTrip, int]]:
+    with echo_process(_echo_frames, kind, spin_us, cores) as (address, pid):
+        assert isinstance(address, FfnAddress)
+        port = connect(kind, [address], HELLO, connect_s=30.0, deadline_s=30.0, spin_us=spin_us)
+        tensors = {size: payload(size) for size in SIZES}
+        step = 0
+
+        def trip(size: int) -> None:
+            nonlocal step
+            port.dispatch(0, step, 0, tensors[size], None, None)
+            step += 1
+            while port.collect(30.0) is None:
+                pass
+
+        try:
+            yield trip, pid
+        finally:
+            port.close()
+
+
+def _echo_frames(kind: str, spin_us: int, cores: list[int] | None, pipe: Connection) -> None:
+    _settle(cores)
+    port = listen(kind, replace(HELLO), bind="127.0.0.1", spin_us=spin_us, deadline_s=30.0)
+    pipe.send(port.address)
+    while not pipe.poll():
+        frame = port.receive(1.0)
+        while frame is not None:
+            port.combine(frame, frame.hidden)
+            frame = port.receive(0.5)
+    port.close()
+
+
+@contextmanager
+def bare_socket(name: str, cores: list[int] | None) -> Iterator[RoundTrip]:
+    family = socket.AF_UNIX if name.startswith("unix") else socket.AF_INET
+    with echo_process(_echo_bytes, family.value, 0, cores) as (address, _):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock.connect(address)
+        _no_delay(sock)
+        data, back = bytearray(max(SIZES)), memoryview(bytearray(max(SIZES)))
+
+        def trip(size: int) -> None:
+            sock.sendall(size.to_bytes(8, "little"))
+            _exchange(sock, memoryview(data)[:size], back[:size])
+
+        yield trip
+        sock.close()
+
+
+def _exchange(sock: socket.socket, out: memoryview, into: memoryview) -> None:
+    sock.sendall(out)
+    _receive_all(sock, into)
+
+
+def _receive_all(sock: socket.socket, into: memoryview) -> None:
+    got = 0
+    while got < len(into):
+        count = sock.recv_into(into[got:])
+        if not count:
+            raise ConnectionError("the other end closed")
+        got += count
+
+
+def _echo_bytes(family: int, _: int, cores: list[int] | None, pipe: Connection) -> None:
+    _settle(cores)
+    door = socket.socket(family, socket.SOCK_STREAM)
+    door.bind(f"\0afd-bench-{os.getpid()}" if family == socket.AF_UNIX else ("127.0.0.1", 0))
+    door.listen()
+    pipe.send(door.getsockname())
+    sock, _peer = door.accept()
+    _no_delay(sock)
+    buffer, length = memoryview(bytearray(max(SIZES))), memoryview(bytearray(8))
+    while True:
+        try:
+            _receive_all(sock, length)
+            size = int.from_bytes(length, "little")
+            _receive_all(sock, buffer[:size])
+            sock.sendall(buffer[:size])
+        except ConnectionError:
+            return
+
+
+def _no_delay(sock: socket.socket) -> None:
+    if sock.family == socket.AF_INET:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _settle(cores: list[int] | None) -> None:
+    torch.set_num_threads(1)
+    if cores:
+        os.sched_setaffinity(0, {cores[-1]})
+
+
+@contextmanager
+def echo_process(
+    target: Callable[..., None], what: str | int, spin_us: int, cores: list[int] | None
+) -> Iterator[tuple[object, int]]:
+    """A process that says where it listens."""
+    context = mp.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=target, args=(what, spin_us, cores, there), daemon=True)
+    process.start()
+    there.close()
+    try:
+        assert here.poll(60), f"the process of {what} did not start"
+        assert process.pid is not None
+        yield here.recv(), process.pid
+    finally:
+        here.close()
+        process.join(5.0)
+        process.kill()
+        process.join()
+
+
+if __name__ == "__main__":
+    main()
