@@ -126,6 +126,14 @@ def num_threads(setting: int | str, workers_on_host: int) -> int:
     return setting if isinstance(setting, int) else max(1, len(os.sched_getaffinity(0)) // max(1, workers_on_host))
 
 
+def spin_us(setting: int | str, workers_on_host: int) -> int:
+    """Microseconds to poll before sleeping: the setting, or with "auto" long enough for one layer of the other side,
+    unless workers must share cores, where whoever polls takes the core from whoever is waited for."""
+    if isinstance(setting, int):
+        return setting
+    return 2000 if len(os.sched_getaffinity(0)) >= workers_on_host else 50
+
+
 def pin(deployment: Deployment, role: Role, rank: int, workers_on_host: int) -> None:
     """Keeps the calling thread, and those it starts, on this worker's own share of the host's cores, so that workers
     neither meet on a core nor wander from it: attention workers have the first cores, FFN workers the next.

@@ -82,7 +82,8 @@ class TransportSection(_Section):
     bind: str = Field("127.0.0.1", min_length=1)  # address gRPC listens on, and is told to peers
     connect_s: float = Field(60.0, gt=0)
     deadline_s: float = Field(30.0, gt=0)  # longest wait for one answer
-    spin_us: int = Field(50, ge=0, le=1_000_000)  # poll this long before sleeping
+    # Poll this long before sleeping; auto: 2000 where every worker of the host can have a core, else 50.
+    spin_us: Annotated[int, Field(ge=0, le=1_000_000)] | Literal["auto"] = "auto"
     dispatch_dtype: Literal["auto", "bf16", "fp8"] = "auto"  # auto: the model's; combines are always in the model's
 
 
@@ -90,7 +91,7 @@ class ClusterSection(_Section):
     """Who starts the workers: Ray, or plain processes on this machine. RAY_ADDRESS joins an existing cluster."""
 
     backend: Literal["ray", "local"] = "ray"
-    pin_cores: bool = True  # each worker computes on cores of its own, where all workers share one host
+    pin_cores: bool = False  # each worker computes on cores of its own, where all workers share one host
     start_s: float = Field(600.0, gt=0)  # longest wait for a worker to load its weights
 
 

@@ -67,7 +67,7 @@ class AttentionWorker:
             self._plan.hello(self.epoch, self.attention_rank, 0),
             connect_s=transport.connect_s,
             deadline_s=transport.deadline_s,
-            spin_us=transport.spin_us,
+            spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
         )
         try:
             self._engine = self._build_engine(self._plan, port)

@@ -73,7 +73,16 @@ class Engine:
         )
         sampler = Sampler(spec.eos_token_ids)
         self.microbatches = [
-            Microbatch(index, model, cache, scheduler, sampler, self._complete, timeline=self.timeline)
+            Microbatch(
+                index,
+                model,
+                cache,
+                scheduler,
+                sampler,
+                self._complete,
+                may_begin=self._has_room,
+                timeline=self.timeline,
+            )
             for index in range(tuner.most if tuner else scheduler.microbatches)
         ]
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -117,16 +126,19 @@ class Engine:
         """An idle microbatch, if there is work for it (so that the pipeline fills first); else the one whose answers
         are here, the oldest first; or a paused one, where none is or the FFN side has enough to do for a while; None:
         there is nothing to do but wait."""
-        idle = [m for m in self.microbatches if m.batch is None]
-        room = len(self.microbatches) - len(idle) < self.scheduler.microbatches
-        if idle and room and not self._starved and self.scheduler.has_work():
-            return idle[0]
+        idle = next((m for m in self.microbatches if m.batch is None), None)
+        if idle and not self._starved and self._has_room() and self.scheduler.has_work():
+            return idle
         sent = [m for m in self.microbatches if m.dispatch]
         answered = [m for m in sent if len(m.answers) == len(self.port.ffn_ranks)]
         paused = next((m for m in self.microbatches if m.paused), None)
         if paused and (not answered or len(sent) - len(answered) >= ENOUGH):
             return paused
         return min(answered, key=lambda m: m.sent_at, default=None)
+
+    def _has_room(self) -> bool:
+        """Whether fewer microbatches are under way than there should be."""
+        return sum(m.batch is not None for m in self.microbatches) < self.scheduler.microbatches
 
     def _advance(self, microbatch: Microbatch) -> None:
         """Resumes a microbatch, and sends what it yields."""

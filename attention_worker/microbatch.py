@@ -61,6 +61,7 @@ class Microbatch:
     sent_at: float = 0.0
     answers: dict[int, Frame] = field(default_factory=dict)
     steps: int = 0
+    may_begin: Callable[[], bool] = lambda: True  # false while as many others are under way as there should be
     timeline: Timeline = field(default_factory=lambda: Timeline(Role.ATTENTION, 0))
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class Microbatch:
         """Step after step, for ever; `resume` drives it. Closing it drops the current step."""
         while True:
             began_ns = self.timeline.mark(Activity.SCHEDULE, self.index, self.steps)
-            self.batch = self.scheduler.schedule()
+            self.batch = self.scheduler.schedule() if self.may_begin() else None
             if self.batch is None:
                 yield None
                 continue

@@ -45,7 +45,7 @@ class FfnWorker:
             transport.kind,
             plan.hello(self.epoch, 0, self.ffn_rank),
             bind=transport.bind,
-            spin_us=transport.spin_us,
+            spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
             deadline_s=transport.deadline_s,
         )
         self._loop = FfnLoop(ffn, port, device=plan.device, gather_window_s=self.deployment.ffn.gather_window_us / 1e6)

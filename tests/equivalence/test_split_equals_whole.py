@@ -10,6 +10,7 @@ import pytest
 from afd.native import library as native
 from afd.transport.local import Faults
 from afd.types import SamplingParams
+from attention_worker.scheduler import Batch
 from tests.rig import finished, split, tiny, weights_of, whole
 
 SHAPES = [("1A1F", "ep"), ("2A1F", "ep"), ("1A2F", "ep"), ("1A2F", "tp"), ("2A2F", "ep"), ("1A4F", "hybrid")]
@@ -122,3 +123,26 @@ def test_a_result_does_not_depend_on_what_else_is_in_the_batch() -> None:
         assert [finished(r).token_ids for r in together] == alone
         for result in crowd:
             finished(result)
+
+
+def test_the_number_of_microbatches_changes_while_running_and_changes_nothing() -> None:
+    """Regression: a microbatch that ended its step began the next one at once, so the number never fell."""
+    spec = tiny("step3")
+    prompts, expected = load("step3")
+    rng = random.Random(5)
+    with split(spec, weights_of(spec), "1A1F", "ep", 3, "inproc") as rig:
+        engine = rig.engines[0]
+        begin, under_way = engine.scheduler.schedule, list[tuple[int, int]]()
+
+        def schedule() -> Batch | None:
+            # What is under way beside this one, and how many there may be.
+            under_way.append((sum(m.batch is not None for m in engine.microbatches), engine.scheduler.microbatches))
+            batch = begin()
+            engine.scheduler.microbatches = rng.choice([1, 2, 3])
+            return batch
+
+        engine.scheduler.schedule = schedule  # type: ignore[method-assign]
+        assert rig.generate(prompts, GREEDY) == expected
+        assert all(beside < allowed for beside, allowed in under_way)
+        assert {allowed for _, allowed in under_way} == {1, 2, 3}
+        rig.check_idle()

@@ -66,10 +66,19 @@ def test_each_worker_of_a_host_has_cores_of_its_own(
     pinned: list[list[int]] = []
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: pinned.append(list(cores)))
-    deployment = Deployment(topology=topology)
+    deployment = Deployment(topology=topology).with_flags({"cluster.pin_cores": True})
     workers = deployment.counts.attention + deployment.counts.ffn
     build.pin(deployment, role, rank, workers)
     assert pinned == ([] if expected is None else [expected])
     build.pin(deployment, role, rank, workers - 1)
     build.pin(deployment.with_flags({"cluster.pin_cores": False}), role, rank, workers)
     assert len(pinned) == (expected is not None), "neither across hosts nor where it is off"
+
+
+@pytest.mark.parametrize(("cores", "workers", "expected"), [(2, 2, 2000), (2, 3, 50), (8, 2, 2000)])
+def test_waits_poll_only_where_each_worker_can_have_a_core(
+    monkeypatch: pytest.MonkeyPatch, cores: int, workers: int, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert build.spin_us("auto", workers) == expected
+    assert build.spin_us(70, workers) == 70

@@ -64,12 +64,12 @@ def test_a_better_number_that_appears_later_is_found() -> None:
 def test_noise_alone_does_not_move_it() -> None:
     pipeline = Pipeline(MicrobatchTuner(4), noise=0.02)
     choices = pipeline.run(100.0, 64, lambda _: 1000.0)
-    assert choices.count(2) / len(choices) > 0.85
+    assert choices.count(3) / len(choices) > 0.85
 
 
 def test_steps_with_prompts_are_no_evidence() -> None:
     pipeline = Pipeline(MicrobatchTuner(4))
-    assert set(pipeline.run(20.0, 64, best_at(4), prompt_tokens=128)) == {2}
+    assert set(pipeline.run(20.0, 64, best_at(4), prompt_tokens=128)) == {pipeline.tuner.first_guess(64)}
 
 
 def test_it_keeps_to_its_bound() -> None:
