@@ -1,8 +1,9 @@
 """Finds the number of microbatches by trying: the running pipeline says how many tokens per second each gives.
 
-No tensors. More microbatches hide the wire and the other side; fewer read the weights less often. Which wins depends on the model,
-the machine and the load, so each load (the number of running requests, by powers of two) has its own answer. Rates are
-taken over windows of steady decoding; a neighbour of the best number is tried now and then, and wins by a margin only.
+No tensors. More microbatches hide the wire and the other side; fewer read the weights less often. Which wins depends on
+the model, the machine and the load, so each load (the number of running requests, by powers of two) has its own answer.
+Rates are taken over windows of steady decoding; a neighbour of the best number is tried now and then, and wins by a
+margin only.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ pytestmark = [pytest.mark.smollm2, pytest.mark.skipif(load() is None, reason="no
 
 TEXT = """In 1687 Isaac Newton published the Principia, in which he set out the laws of motion and of gravity. A planet,
 he showed, falls around the sun as an apple falls from its tree. Ingredients: 2 eggs, 100 g flour, one and a half cups
-of milk. Beat the eggs, add the flour, and stir until the batter is smooth. def quicksort(items): return items if the list
-is short; otherwise choose a pivot. Once upon a time, in a small village by the northern sea, there lived an old
+of milk. Beat the eggs, add the flour, and stir until the batter is smooth. def quicksort(items): return items if the
+list is short; otherwise choose a pivot. Once upon a time, in a small village by the northern sea, there lived an old
 fisherman who went out every morning, whatever the weather, and came home every evening with an empty boat."""
 
 WHOLE = FfnShard(0, 1, 1)

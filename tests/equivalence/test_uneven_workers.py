@@ -61,15 +61,15 @@ def tokens_per_s(rig: Rig, attention_rank: int) -> float:
 
 def measure(slowed: float) -> float:
     spec = tiny("step3")
-    with split(spec, weights_of(spec), "2A1F", microbatches=1, transport="shm", gather_window_s=1e-3) as rig:
+    with split(spec, weights_of(spec), "2A1F", microbatches=1, transport="inproc", gather_window_s=1e-3) as rig:
         pace(rig, 0, LAYER_S)
         pace(rig, 1, LAYER_S * slowed)
         return tokens_per_s(rig, 0)
 
 
 def test_a_worker_slowed_three_times_costs_the_other_less_than_a_tenth() -> None:
-    even = max(measure(1.0) for _ in range(2))
-    beside_slow = max(measure(3.0) for _ in range(2))
+    rates = [(measure(1.0), measure(3.0)) for _ in range(3)]  # in turn, since the machine has moods
+    even, beside_slow = (max(column) for column in zip(*rates, strict=True))
     print(f"{even:.0f} tokens/s beside an equal worker, {beside_slow:.0f} beside one slowed three times")
     assert beside_slow >= 0.9 * even
 
@@ -78,7 +78,7 @@ def test_a_worker_slowed_three_times_costs_the_other_less_than_a_tenth() -> None
 def test_gathering_joins_workers_that_run_alike(attention: int) -> None:
     spec = tiny("step3")
     topology = f"{attention}A1F"
-    with split(spec, weights_of(spec), topology, microbatches=1, transport="shm", gather_window_s=1e-3) as rig:
+    with split(spec, weights_of(spec), topology, microbatches=1, transport="inproc", gather_window_s=5 * LAYER_S) as rig:
         for rank in range(attention):
             pace(rig, rank, LAYER_S)
         results = [rig.submit(str(rank), (1, 2, 3), PARAMS, rank) for rank in range(attention)]
