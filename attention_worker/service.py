@@ -21,6 +21,7 @@ from afd.errors import RequestError, TransportError
 from afd.rpc import attention_pb2 as pb
 from afd.rpc import attention_pb2_grpc as pb_grpc
 from afd.rpc import convert
+from afd.rpc.steps import StepWriter
 from afd.types import GenerateOutput
 from attention_worker.engine import Engine
 
@@ -92,13 +93,14 @@ class Service:
         """One router connection, from its first message to its end."""
         owner = next(self._owners)
         queue = self._queues[owner] = asyncio.Queue()
-        reader = asyncio.ensure_future(self._read(owner, messages, queue))
+        writer = StepWriter()
+        reader = asyncio.ensure_future(self._read(owner, messages, queue, writer))
         try:
             while True:
                 outputs = await queue.get()
                 if not outputs:
                     return
-                yield pb.StepOutputs(outputs=[convert.output_to_proto(output) for output in outputs])
+                yield writer.write(outputs)
         finally:
             reader.cancel()
             del self._queues[owner]
@@ -106,20 +108,25 @@ class Service:
                 self._engine.drop_owner(owner)
 
     async def _read(
-        self, owner: int, messages: AsyncIterator[pb.RouterMessage], queue: asyncio.Queue[list[GenerateOutput]]
+        self,
+        owner: int,
+        messages: AsyncIterator[pb.RouterMessage],
+        queue: asyncio.Queue[list[GenerateOutput]],
+        writer: StepWriter,
     ) -> None:
         """Takes the router's messages in; an empty list in the queue says that there will be no more."""
         try:
             async for message in messages:
-                refusal = self._take(owner, message)
+                refusal = self._take(owner, message, writer)
                 if refusal is not None:
                     queue.put_nowait([refusal])
         finally:
             queue.put_nowait([])
 
-    def _take(self, owner: int, message: pb.RouterMessage) -> GenerateOutput | None:
+    def _take(self, owner: int, message: pb.RouterMessage, writer: StepWriter) -> GenerateOutput | None:
         """Hands one message to the engine; the output that refuses it, if it cannot be."""
         if message.WhichOneof("kind") == "cancel":
+            writer.closed(message.cancel.request_id)
             if self._engine is not None:
                 self._engine.cancel(owner, message.cancel.request_id)
             return None
@@ -127,9 +134,11 @@ class Service:
         if self._engine is None:
             return GenerateOutput(request_id, (), "error", error="the attention worker is still starting")
         try:
-            self._engine.submit(owner, convert.request_from_proto(message.submit))
+            request = convert.request_from_proto(message.submit)
         except RequestError as error:
             return GenerateOutput(request_id, (), "error", error=str(error), client_error=True)
+        writer.opened(request_id, message.submit.handle)
+        self._engine.submit(owner, request)
         return None
 
     def status_reply(self) -> pb.StatusReply:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import uvicorn
+import uvloop
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -19,6 +20,7 @@ from afd.types import ClusterView
 from router import errors
 from router.debug import Debug, Timelines, nobody
 from router.gateway import Gateway
+from router.generation import KeepServerSend
 from router.settings import RouterSettings
 
 __all__ = ["RouterSettings", "Server", "bind", "create_app"]
@@ -116,6 +118,8 @@ class _Uvicorn(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for sock in sockets or ():
+            sock.listen(self.config.backlog)  # uvloop says nothing when somebody else has taken the port meanwhile
         await super().startup(sockets)
         self.listening.set()
 
@@ -153,7 +157,7 @@ class Server:
         """Serves until `stop`; then drains and returns. Raises ClusterError when the server cannot start."""
         with contextlib.closing(self._sock):
             try:
-                asyncio.run(self._serve())
+                uvloop.run(self._serve())
             except SystemExit as error:  # uvicorn's way to say that the application did not start
                 raise ClusterError(f"the HTTP server on {self.url} could not start; its log says why") from error
 
@@ -173,7 +177,8 @@ class Server:
             return
         url = self.url
         config = uvicorn.Config(
-            self._app,
+            KeepServerSend(self._app),
+            http="httptools",
             log_config=None,
             access_log=False,
             ws="none",

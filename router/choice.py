@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SampledToken
+from router.detokenizer import detokenizer
 from router.stops import StopStrings
-from router.tokenizer import Detokenizer, Tokenizer
+from router.tokenizer import Tokenizer
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ class Choice:
         self.num_tokens = 0
         self.last_token_at: float | None = None  # for the metrics of whoever follows
         self._num_chars = 0
-        self._detokenizer = Detokenizer(tokenizer, request.prompt_token_ids, special=rules.keep_special)
+        self._detokenizer = detokenizer(tokenizer, request.prompt_token_ids, special=rules.keep_special)
         self._stops = StopStrings(rules.stops, keep=rules.keep_stop)
         self._keep_stop = rules.keep_stop
 
@@ -67,6 +68,13 @@ class Choice:
             delta.finish_reason = output.finish_reason
             if output.stop_token_id in self.request.sampling.stop_token_ids:
                 delta.stop_reason = output.stop_token_id
+        return delta
+
+    def accept_token(self, token_id: int) -> Delta:
+        """The same for an ordinary token: one of an answer without logprobs that goes on."""
+        delta = Delta(self.index, "", [SampledToken(token_id)], [self._num_chars])
+        self.num_tokens += 1
+        self._add(delta, self._detokenizer.push(token_id))
         return delta
 
     def _add(self, delta: Delta, text: str) -> bool:

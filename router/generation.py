@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+import types
+from collections.abc import Awaitable, Coroutine, Generator
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from afd.errors import AfdError
 from router import errors
@@ -20,7 +21,22 @@ from router.responses import Shape, event
 
 log = logging.getLogger(__name__)
 
+_SERVER_SEND = "afd.server_send"
+
 T = TypeVar("T")
+
+
+class KeepServerSend:
+    """An ASGI application around another: keeps the server's own `send` in the scope, for a Generation to use. Between
+    the two the framework has a coroutine at each of its layers, for every chunk; what they watch for, an exception once
+    the answer has begun, does not come out of a Generation."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[_SERVER_SEND] = send
+        await self._app(scope, receive, send)
 
 
 class Generation(Response):
@@ -43,6 +59,7 @@ class Generation(Response):
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        send = scope.get(_SERVER_SEND, send)
         try:
             await _while_connected(receive, self._run(send))
         except ClientDisconnect:
@@ -66,6 +83,7 @@ class Generation(Response):
         deltas = await stream.next()
         await self._start(send)
         opening = self._shape.opening()
+        stream.on_delta(lambda delta: self._say(send, delta))
         while deltas:
             content = opening + self._shape.chunks(deltas)
             if content:
@@ -73,6 +91,11 @@ class Generation(Response):
             opening = b""
             deltas = await stream.next()
         await self._send(send, self._shape.closing(stream.num_generated), more=False)
+
+    def _say(self, send: Send, delta: Delta) -> Awaitable[None] | None:
+        """Sends without a task of its own, unless the client is slow to read; then what returns has to be awaited."""
+        content = self._shape.chunks((delta,))
+        return at_once(self._send(send, content, more=True)) if content else None
 
     async def _whole(self, stream: Stream, send: Send) -> None:
         answers = [Delta(index) for index in range(len(self._job.prompts) * self._job.n)]
@@ -98,6 +121,21 @@ class Generation(Response):
     @staticmethod
     async def _send(send: Send, content: bytes, *, more: bool) -> None:
         await send({"type": "http.response.body", "body": content, "more_body": more})
+
+
+def at_once(work: Coroutine[object, None, None]) -> Awaitable[None] | None:
+    """Runs `work` up to the first thing it waits for; None when it is done by then, else the rest, to be awaited."""
+    try:
+        awaited = work.send(None)
+    except StopIteration:
+        return None
+    return _rest(work, awaited)
+
+
+@types.coroutine
+def _rest(work: Coroutine[object, None, None], awaited: object) -> Generator[object, None, None]:
+    yield awaited
+    yield from work
 
 
 async def _while_connected(receive: Receive, work: Coroutine[None, None, T]) -> T:

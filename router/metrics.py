@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from afd.rpc.convert import AttentionStatus
 from afd.types import WorkerView
+from router.counts import Count, Spread
 from router.worker_metrics import WorkerMetrics
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -20,18 +21,15 @@ class Metrics:
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
         self.prompt_tokens = Counter("afd_prompt_tokens", "Prompt tokens of requests taken.", registry=registry)
-        self.generation_tokens = Counter("afd_generation_tokens", "Tokens generated.", registry=registry)
+        self.generation_tokens = Count("afd_generation_tokens", "Tokens generated.", registry)
         self.time_to_first_token = Histogram(
             "afd_time_to_first_token_seconds",
             "From the request to its first token.",
             buckets=(*_LATENCY_S, 30.0, 60.0),
             registry=registry,
         )
-        self.inter_token_latency = Histogram(
-            "afd_inter_token_latency_seconds",
-            "Between two tokens of a request.",
-            buckets=_LATENCY_S,
-            registry=registry,
+        self.inter_token_latency = Spread(
+            "afd_inter_token_latency_seconds", "Between two tokens of a request.", _LATENCY_S, registry
         )
         self._e2e = Histogram(
             "afd_e2e_request_latency_seconds",

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from afd.errors import RequestError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
-from afd.types import GenerateOutput, GenerateRequest, SamplingParams
+from afd.types import FinishReason, GenerateOutput, GenerateRequest, SamplingParams
 from router.chat import ChatTemplate
 from router.choice import Choice, Delta, TextRules
 from router.metrics import Metrics
@@ -59,6 +59,9 @@ class Job:
         return GenerateRequest(f"{self.job_id}-{i * self.n + j}", self.prompts[i], sampling)
 
 
+_Running = tuple[Choice, AttentionClient]
+
+
 class Stream:
     """The choices of one job while they grow. Made by Relay.open."""
 
@@ -68,7 +71,7 @@ class Stream:
         self._metrics = metrics
         self._started = time.perf_counter()
         self._inbox = Inbox()
-        self._running: dict[str, tuple[Choice, AttentionClient]] = {}
+        self._running: dict[str, _Running] = {}
 
     def submit(self, choices: Sequence[Choice], pool: Pool) -> None:
         """Raises Unavailable. What was submitted before that is running, and `cancel` ends it."""
@@ -84,9 +87,26 @@ class Stream:
         """
         deltas: list[Delta] = []
         while self._running and not deltas:  # what a choice sent before it learned of its stop string is no delta
-            outputs = await self._inbox.take()
-            deltas = [self._accept(output) for output in outputs if output.request_id in self._running]
+            for arrival in await self._inbox.arrivals():
+                if isinstance(arrival, tuple):
+                    deltas += self._accept_token(*arrival)
+                elif arrival.request_id in self._running:
+                    deltas.append(self._accept(arrival))
         return deltas
+
+    def on_delta(self, say: Callable[[Delta], Awaitable[None] | None]) -> None:
+        """From now on ordinary deltas may go straight to `say`, while `next` waits, and only the others through `next`.
+        What `say` returns is awaited before anything else is given out. Not where stop strings can end a choice: what
+        `say` is told never ends one."""
+        if not self._job.rules.stops:
+            self._inbox.shortcut = lambda request_id, token_id: self._hand_on(say, request_id, token_id)
+
+    def _hand_on(
+        self, say: Callable[[Delta], Awaitable[None] | None], request_id: str, token_id: int
+    ) -> Awaitable[None] | None:
+        for delta in self._accept_token(request_id, token_id):
+            return say(delta)
+        return None
 
     def cancel(self, reason: str) -> None:
         """Ends at the workers what has not ended by itself, counted as `reason` in the metrics."""
@@ -95,20 +115,29 @@ class Stream:
             self._metrics.finished(reason, time.perf_counter() - self._started)
         self._running.clear()
 
+    def _accept_token(self, request_id: str, token_id: int) -> Sequence[Delta]:
+        """None for a choice that has ended."""
+        running = self._running.get(request_id)
+        return () if running is None else (self._took(request_id, running, running[0].accept_token(token_id), None),)
+
     def _accept(self, output: GenerateOutput) -> Delta:
-        choice, client = self._running[output.request_id]
+        choice, client = running = self._running[output.request_id]
         if output.finish_reason in ("error", "cancelled"):
             del self._running[output.request_id]
             self._metrics.finished("error", time.perf_counter() - self._started)
             if output.client_error:
                 raise RequestError(output.error)
             raise Unavailable(output.error or f"{client.peer} cancelled the request")
-        delta = choice.accept(output)
+        return self._took(output.request_id, running, choice.accept(output), output.finish_reason)
+
+    def _took(self, request_id: str, running: _Running, delta: Delta, said: FinishReason | None) -> Delta:
+        """Follows what `delta` means for its choice. `said` is how the worker said that it ends, if it did."""
+        choice, client = running
         self._measure(choice, len(delta.tokens))
         if delta.finish_reason is not None:
-            del self._running[output.request_id]
-            if output.finish_reason is None:
-                client.cancel(output.request_id)  # a stop string ended it: the worker does not know
+            del self._running[request_id]
+            if said is None:
+                client.cancel(request_id)  # a stop string ended it: the worker does not know
             self._metrics.finished(delta.finish_reason, time.perf_counter() - self._started)
         return delta
 
@@ -122,7 +151,7 @@ class Stream:
             self._metrics.inter_token_latency.observe((now - choice.last_token_at) / num_tokens)
         choice.last_token_at = now
         self.num_generated += num_tokens
-        self._metrics.generation_tokens.inc(num_tokens)
+        self._metrics.generation_tokens.value += num_tokens
 
 
 class Relay:

@@ -19,6 +19,7 @@ from router.tokenizer import Tokenizer
 
 Json = dict[str, object]
 
+_MARK = "text"  # of the chunk from which frames are cut; in JSON nothing like it follows
 DONE = b"data: [DONE]\n\n"
 _LEAST_LOGPROB = -9999.0  # JSON has no -infinity; the number OpenAI and vLLM give for "impossible"
 
@@ -60,6 +61,7 @@ class Shape(ABC):
         self._num_logprobs = style.num_logprobs
         self._token_ids = style.token_ids
         self._usage_chunk = style.usage_chunk
+        self._frames: dict[int, tuple[bytes, bytes, bytes]] = {}
         self._head: Json = {
             "id": job.job_id,
             "object": self.object_chunk,
@@ -73,7 +75,7 @@ class Shape(ABC):
 
     def chunks(self, deltas: Iterable[Delta]) -> bytes:
         """One chunk for each delta that says something."""
-        return b"".join([self._chunk(self._delta(delta)) for delta in deltas if self._speaks(delta)])
+        return b"".join([self._ordinary(d) or self._chunk(self._delta(d)) for d in deltas if self._speaks(d)])
 
     def closing(self, num_generated: int) -> bytes:
         """Chunks after the last token."""
@@ -114,6 +116,27 @@ class Shape(ABC):
         if self._usage_chunk:
             chunk["usage"] = None
         return event(orjson.dumps(chunk))
+
+    def _ordinary(self, delta: Delta) -> bytes:
+        """The chunk of a delta that has text and nothing out of the ordinary, written around its text; else b""."""
+        if not delta.text or delta.finish_reason is not None or self._num_logprobs is not None:
+            return b""
+        frame = self._frames.get(delta.index) or self._frame(delta.index)
+        before, after, end = frame
+        if not self._token_ids:
+            return before + orjson.dumps(delta.text) + after
+        ids = orjson.dumps([token.token_id for token in delta.tokens])
+        return before + orjson.dumps(delta.text) + after + ids + end
+
+    def _frame(self, index: int) -> tuple[bytes, bytes, bytes]:
+        """What stands in the chunks of a choice before its text, between text and token ids, and after those."""
+        whole = self._chunk(self._delta(Delta(index, _MARK)))
+        before, after = whole.rsplit(orjson.dumps(_MARK), 1)
+        end = b""
+        if self._token_ids:
+            after, end = after.rsplit(b"[]", 1)
+        frame = self._frames[index] = (before, after, end)
+        return frame
 
     def _speaks(self, delta: Delta) -> bool:
         tokens_matter = self._token_ids or self._num_logprobs is not None

@@ -6,7 +6,6 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +15,6 @@ from afd.errors import CheckpointError
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLOCKING_CHARS = 4096  # about 2 ms of encoding; longer text is encoded on another thread
-_UNFINISHED = "\ufffd"  # what a decoder shows for bytes that are not (yet) a character
 
 T = TypeVar("T")
 
@@ -32,9 +30,13 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer this router can read: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._byte_level = '"ByteLevel"' in json.dumps(json.loads(text).get("decoder"))
+        decoder = json.loads(text).get("decoder") or {}
+        self._byte_level = '"ByteLevel"' in json.dumps(decoder)
+        self.joins_bytes = decoder.get("type") == "ByteLevel"  # text is text_bytes of the tokens in a row, as UTF-8
         self._bytes: dict[int, bytes] = {}
+        self._whole_texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
         self._added = self._tokenizer.get_added_tokens_decoder()
+        self._special = frozenset(str(token.content) for token in self._added.values() if token.special)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`. `special` adds what the model wants around every text (BOS and the like); special
@@ -51,6 +53,21 @@ class Tokenizer:
         if known is None:
             known = self._bytes[token_id] = self._find_bytes(token_id)
         return known
+
+    def text_bytes(self, token_id: int, *, special: bool) -> bytes:
+        """What `decode` takes one token for, where joins_bytes: as the library's ByteLevel decoder has it, a token that
+        holds any character outside the byte alphabet stands for itself."""
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None or (not special and piece in self._special):
+            return b""
+        if all(char in _BYTE_OF for char in piece):
+            return b"".join([_BYTE_OF[char] for char in piece])
+        return piece.encode()
+
+    def whole_texts(self, *, special: bool) -> dict[int, str]:
+        """A place to keep the texts of tokens that are whole characters by themselves, for all answers alike. Tokens
+        are few enough to keep them all."""
+        return self._whole_texts[special]
 
     def _find_bytes(self, token_id: int) -> bytes:
         piece = self._tokenizer.id_to_token(token_id)
@@ -75,46 +92,6 @@ def _byte_alphabet() -> dict[str, bytes]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-class Detokenizer:
-    """Text of one answer while its tokens arrive: the pieces joined are what decoding all tokens at once would give.
-
-    A character whose bytes are spread over tokens comes out with the last of them; only `flush`, at the end, shows
-    U+FFFD for bytes that never became one. The window decoded for a token starts a few tokens back, where earlier
-    text ended on a whole character, because decoders join tokens by their neighbours (spaces at word starts).
-    """
-
-    _PROMPT_TAIL = 4  # tokens of the prompt that give the first token its neighbour
-    _PATIENCE = 16  # tokens without a whole character (one has at most 4 bytes) are damaged for good
-
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, special: bool = False) -> None:
-        """`special`: special tokens are text too."""
-        self._decode = partial(tokenizer.decode, special=special)
-        self._window = list(prompt_token_ids[-self._PROMPT_TAIL :])
-        self._shown = len(self._decode(self._window).rstrip(_UNFINISHED))  # characters of the window given out
-        self._fresh = 0  # tokens at the end of the window that were not there when it started
-
-    def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; "" for a part of a character, or a special token that is no text."""
-        self._window.append(token_id)
-        self._fresh += 1
-        text = self._decode(self._window)
-        whole = text.rstrip(_UNFINISHED)
-        if self._fresh >= self._PATIENCE:
-            whole = text
-        piece = whole[self._shown :]
-        if (piece and len(whole) == len(text)) or self._fresh >= self._PATIENCE:
-            self._window = self._window[-self._fresh :]
-            self._shown = len(self._decode(self._window))
-            self._fresh = 0
-        else:
-            self._shown += len(piece)
-        return piece
-
-    def flush(self) -> str:
-        """What is left when no more tokens come."""
-        return self._decode(self._window)[self._shown :]
 
 
 async def off_loop(work: Callable[[], T], num_chars: int) -> T:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import grpc
@@ -19,7 +19,7 @@ from afd.errors import PeerLost, PeerTimeout
 from afd.rpc import attention_pb2 as pb
 from afd.rpc.attention_pb2_grpc import AttentionStub
 from afd.rpc.convert import AttentionStatus, output_from_proto, request_to_proto, status_from_proto
-from afd.types import GenerateOutput, GenerateRequest
+from afd.types import GenerateOutput, GenerateRequest, SampledToken
 
 log = logging.getLogger(__name__)
 
@@ -31,31 +31,83 @@ _CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
 )
 
+_MAX_HANDLE = 2**32 - 1
 _FAREWELL_S = 0.5  # how long a worker may take to end its side of a stream that this side has ended
 
 
+# What a step brings to a request: an ordinary token, as (request_id, token_id), or anything at all as an output.
+Arrival = tuple[str, int] | GenerateOutput
+
+
 class Inbox:
-    """Where outputs of one or several requests wait for their reader. One reader; everything on one event loop."""
+    """Where outputs of one or several requests wait for their reader. One reader; everything on one event loop.
+
+    A task switch for every token of every stream costs more than what is done with the token. So the reader may set
+    `shortcut`, which is called with an ordinary token at once, instead of waking the reader, whenever the reader waits
+    here and thus has dealt with all that came before. What it returns, if anything, the reader awaits before it goes
+    on; what it raises is raised to the reader.
+    """
 
     def __init__(self) -> None:
-        self._outputs: list[GenerateOutput] = []
-        self._arrived = asyncio.Event()
+        self.shortcut: Callable[[str, int], Awaitable[None] | None] | None = None
+        self._arrivals: list[Arrival] = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._unfinished: Awaitable[None] | None = None
 
-    def put(self, output: GenerateOutput) -> None:
+    def put(self, arrival: Arrival) -> None:
         """Never blocks: what one request can bring is bounded by its max_tokens."""
-        self._outputs.append(output)
-        self._arrived.set()
+        self._arrivals.append(arrival)
+        self._wake()
+
+    def put_token(self, request_id: str, token_id: int) -> None:
+        """The same for an ordinary token."""
+        if self.shortcut is None or self._waiter is None:
+            self.put((request_id, token_id))
+            return
+        try:
+            self._unfinished = self.shortcut(request_id, token_id)
+        except Exception as error:
+            self._unfinished = _raise(error)
+        if self._unfinished is not None:
+            self._wake()
+
+    async def arrivals(self) -> list[Arrival]:
+        """Everything that came since it was last taken, in order; waits for at least one thing."""
+        while not self._arrivals:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+            if self._unfinished is not None:
+                unfinished, self._unfinished = self._unfinished, None
+                await unfinished
+        arrivals, self._arrivals = self._arrivals, []
+        return arrivals
 
     async def take(self) -> list[GenerateOutput]:
-        """Everything that came since the last take, in order; waits for at least one output."""
-        await self._arrived.wait()
-        self._arrived.clear()
-        outputs, self._outputs = self._outputs, []
-        return outputs
+        """The same, with every ordinary token as an output."""
+        return [as_output(arrival) for arrival in await self.arrivals()]
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+
+async def _raise(error: Exception) -> None:
+    raise error
+
+
+def as_output(arrival: Arrival) -> GenerateOutput:
+    """An arrival as the worker's engine said it."""
+    if isinstance(arrival, tuple):
+        request_id, token_id = arrival
+        return GenerateOutput(request_id, (SampledToken(token_id),))
+    return arrival
 
 
 @dataclass(slots=True)
 class _Entry:
+    request_id: str
+    handle: int  # of this connection, for the columns of its steps
     inbox: Inbox
     num_tokens: int  # prompt and answer so far
 
@@ -76,6 +128,8 @@ class AttentionClient:
         self.heard_at = self._loop.time()
         self._on_lost = on_lost
         self._entries: dict[str, _Entry] = {}
+        self._by_handle: dict[int, _Entry] = {}
+        self._last_handle = 0
         self._outgoing: asyncio.Queue[pb.RouterMessage] = asyncio.Queue()
         self._channel = channel
         self._stub = AttentionStub(channel)  # type: ignore[no-untyped-call]  # generated code has no types
@@ -119,9 +173,11 @@ class AttentionClient:
             raise PeerLost(self.lost, peer=self.peer)
         if not self._entries:
             self.heard_at = self._loop.time()  # an idle worker owes no sign of life
-        self._entries[request.request_id] = _Entry(inbox, len(request.prompt_token_ids))
+        handle = self._new_handle()
+        entry = _Entry(request.request_id, handle, inbox, len(request.prompt_token_ids))
+        self._entries[request.request_id] = self._by_handle[handle] = entry
         self.num_tokens += len(request.prompt_token_ids)
-        self._outgoing.put_nowait(pb.RouterMessage(submit=request_to_proto(request)))
+        self._outgoing.put_nowait(pb.RouterMessage(submit=request_to_proto(request, handle)))
 
     def cancel(self, request_id: str) -> None:
         """Tells the worker to forget the request; no output of it arrives after this. Unknown ids are ignored."""
@@ -144,6 +200,7 @@ class AttentionClient:
             return
         self.lost = sentence
         entries, self._entries = self._entries, {}
+        self._by_handle.clear()
         self.num_tokens = 0
         for request_id, entry in entries.items():
             entry.inbox.put(GenerateOutput(request_id, finish_reason="error", error=sentence))
@@ -166,6 +223,7 @@ class AttentionClient:
         try:
             async for step in self._call:
                 self.heard_at = self._loop.time()
+                self._deliver_tokens(step)
                 for message in step.outputs:
                     self._deliver(output_from_proto(message))
         except grpc.aio.AioRpcError as error:
@@ -184,6 +242,15 @@ class AttentionClient:
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return  # the reader learns of it too, and knows why
 
+    def _deliver_tokens(self, step: pb.StepOutputs) -> None:
+        by_handle = self._by_handle
+        for handle, token_id in zip(step.handles[:], step.token_ids[:], strict=True):
+            entry = by_handle.get(handle)
+            if entry is not None:  # else it was cancelled while this was on its way
+                entry.num_tokens += 1
+                self.num_tokens += 1
+                entry.inbox.put_token(entry.request_id, token_id)
+
     def _deliver(self, output: GenerateOutput) -> None:
         entry = self._entries.get(output.request_id)
         if entry is None:
@@ -198,8 +265,16 @@ class AttentionClient:
         entry = self._entries.pop(request_id, None)
         if entry is None:
             return False
+        del self._by_handle[entry.handle]
         self.num_tokens -= entry.num_tokens
         return True
+
+    def _new_handle(self) -> int:
+        """From 1 to 2**32 - 1, and again from 1."""
+        while True:
+            self._last_handle = self._last_handle % _MAX_HANDLE + 1
+            if self._last_handle not in self._by_handle:
+                return self._last_handle
 
 
 def _reason(error: grpc.aio.AioRpcError) -> str:

@@ -44,11 +44,12 @@ class AttentionStatus:
     waiting_tokens: int = 0  # prompt tokens not computed yet
 
 
-def request_to_proto(request: GenerateRequest) -> pb.Submit:
-    """The message that submits `request`."""
+def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
+    """The message that submits `request`. `handle`, if not 0, is for the worker to name it by (afd.rpc.steps)."""
     sampling = request.sampling
     return pb.Submit(
         request_id=request.request_id,
+        handle=handle,
         prompt_token_ids=request.prompt_token_ids,
         sampling=pb.Sampling(
             max_tokens=sampling.max_tokens,

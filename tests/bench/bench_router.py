@@ -22,9 +22,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 WARM_UP_S = 1.0
@@ -69,14 +70,17 @@ def main() -> None:
 def measure(args: argparse.Namespace, tree: Path, streams: int) -> dict[str, float]:
     """One run of one tree: microseconds of CPU per token, and tokens/s that the client read."""
     step = [f"--{name}={getattr(args, name)}" for name in ("rate", "microbatches", "tokenizer")]
-    with child(tree, "worker", *step, f"--streams={streams}") as (worker, address):
-        with child(tree, "router", *step, f"--address={address}") as (router, url), Client(url, streams) as client:
-            client.read_for(WARM_UP_S)
-            before = ask(worker), ask(router)
-            started = time.monotonic()
-            tokens = client.read_for(args.seconds)
-            seconds = time.monotonic() - started
-            after = ask(worker), ask(router)
+    with (
+        child(tree, "worker", *step, f"--streams={streams}") as (worker, address),
+        child(tree, "router", *step, f"--address={address}") as (router, url),
+        Client(url, streams) as client,
+    ):
+        client.read_for(WARM_UP_S)
+        before = ask(worker), ask(router)
+        started = time.monotonic()
+        tokens = client.read_for(args.seconds)
+        seconds = time.monotonic() - started
+        after = ask(worker), ask(router)
     service, relay = (1e6 * (b - a) / tokens for a, b in zip(before, after, strict=True))
     return {"router_us": relay, "service_us": service, "tokens_per_s": tokens / seconds}
 
@@ -102,7 +106,8 @@ def child(tree: Path, role: str, *options: str) -> Iterator[tuple[subprocess.Pop
 
 def ask(process: subprocess.Popen[str]) -> float:
     """Seconds of CPU that the child has used."""
-    assert process.stdin is not None and process.stdout is not None
+    assert process.stdin is not None
+    assert process.stdout is not None
     print("cpu", file=process.stdin, flush=True)
     return float(process.stdout.readline())
 
@@ -116,7 +121,12 @@ class Client:
         self._sockets = []
         for index in range(streams):
             sock = socket.create_connection((where.hostname, where.port))
-            fields = {"model": MODEL, "prompt": [100 + index] * 8, "max_tokens": 10**6, "stream": True}
+            fields: dict[str, object] = {
+                "model": MODEL,
+                "prompt": [100 + index] * 8,
+                "max_tokens": 10**6,
+                "stream": True,
+            }
             body = json.dumps(fields).encode()
             head = f"POST /v1/completions HTTP/1.1\r\nHost: {where.netloc}\r\nContent-Length: {len(body)}\r\n\r\n"
             sock.sendall(head.encode() + body)
@@ -139,22 +149,22 @@ class Client:
         return events
 
 
-def answer_questions(cpu_s: object) -> None:
+def answer_questions(cpu_s: Callable[[], float]) -> None:
     for _ in sys.stdin:
-        print(cpu_s(), flush=True)  # type: ignore[operator]
+        print(cpu_s(), flush=True)
 
 
 class PacedEngine:
     """Stands for attention_worker.engine.Engine: every request gets a token a step, until it is cancelled."""
 
-    def __init__(self, publish: object, args: argparse.Namespace) -> None:
+    def __init__(self, publish: Callable[[list[Any]], None], args: argparse.Namespace) -> None:
         self._publish = publish
         self._args = args
-        self._living: dict[tuple[int, str], object] = {}
+        self._living: dict[tuple[int, str], Any] = {}
         self.cpu_s = 0.0
 
-    def submit(self, owner: int, request: object) -> None:
-        self._living[owner, request.request_id] = request  # type: ignore[attr-defined]
+    def submit(self, owner: int, request: Any) -> None:
+        self._living[owner, request.request_id] = request
 
     def cancel(self, owner: int, request_id: str) -> None:
         self._living.pop((owner, request_id), None)
@@ -172,7 +182,7 @@ class PacedEngine:
             time.sleep(max(0.0, due - time.monotonic()))
             part, step = (part + 1) % parts, step + 1
             keys = list(self._living)[part::parts]
-            self._publish(  # type: ignore[operator]
+            self._publish(
                 [(owner, GenerateOutput(name, (SampledToken(1000 + step * 7 % 40_000),))) for owner, name in keys]
             )
             self.cpu_s = time.thread_time()
@@ -199,9 +209,7 @@ def router(args: argparse.Namespace) -> None:
         model_name=MODEL, max_context=1 << 21, vocab_size=49152, tokenizer_json=args.tokenizer, poll_s=0.2
     )
     view = ClusterView(1, MODEL, "1A1F", (WorkerView(Role.ATTENTION, 0, "ready", args.address),))
-    server = Server(
-        settings, lambda: view, bind("127.0.0.1", 0), on_ready=lambda url: print(url, flush=True)
-    )
+    server = Server(settings, lambda: view, bind("127.0.0.1", 0), on_ready=lambda url: print(url, flush=True))
     threading.Thread(target=server.run, daemon=True).start()
     answer_questions(time.process_time)
 

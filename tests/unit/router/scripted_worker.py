@@ -15,9 +15,9 @@ import httpx
 from openai import OpenAI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from afd.rpc import attention_pb2 as pb
 from afd.rpc.attention_pb2_grpc import AttentionServicer, add_AttentionServicer_to_server
-from afd.rpc.convert import AttentionStatus, output_to_proto, request_from_proto, status_to_proto
+from afd.rpc.convert import AttentionStatus, request_from_proto, status_to_proto
+from afd.rpc.steps import StepWriter
 from afd.types import ClusterView, GenerateOutput, GenerateRequest, Role, SampledToken, WorkerView
 from router.app import RouterSettings, Server, bind
 from router.gateway import Gateway
@@ -125,18 +125,20 @@ class ScriptedWorker(AttentionServicer):
         return WorkerView(Role.ATTENTION, self.attention_rank, state, self.address, pid=1, message=message)
 
     async def Serve(self, request_iterator, context):
-        outputs: asyncio.Queue[pb.Output | None] = asyncio.Queue()
+        outputs: asyncio.Queue[GenerateOutput | None] = asyncio.Queue()
+        writer = StepWriter()
         playing: dict[str, asyncio.Task[None]] = {}
 
         async def play(request: GenerateRequest) -> None:
             async for output in self.script(request):
                 self.steps += 1
-                await outputs.put(output_to_proto(output))
+                await outputs.put(output)
 
         async def read() -> None:
             async for message in request_iterator:
                 if message.WhichOneof("kind") == "submit":
                     request = request_from_proto(message.submit)
+                    writer.opened(request.request_id, message.submit.handle)
                     playing[request.request_id] = asyncio.create_task(play(request))
                     self.submitted.put(request)
                 else:
@@ -152,7 +154,7 @@ class ScriptedWorker(AttentionServicer):
                     batch.append(outputs.get_nowait())
                 if None in batch:
                     return
-                yield pb.StepOutputs(outputs=batch)
+                yield writer.write(batch)
         finally:
             for task in (reader, *playing.values()):
                 task.cancel()

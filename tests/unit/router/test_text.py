@@ -15,8 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from afd.errors import CheckpointError, RequestError
 from router.chat import ChatTemplate
+from router.detokenizer import ByteDetokenizer, WindowDetokenizer, detokenizer
 from router.stops import StopStrings
-from router.tokenizer import Detokenizer, Tokenizer, off_loop
+from router.tokenizer import Tokenizer, off_loop
 
 
 def pieces_of(text, cuts):
@@ -61,9 +62,9 @@ def test_only_text_that_may_begin_a_stop_string_is_held_back():
     assert matcher.flush() == "<"
 
 
-def detokenize(tokenizer, prompt, answer):
-    detokenizer = Detokenizer(tokenizer, prompt)
-    return [*map(detokenizer.push, answer), detokenizer.flush()]
+def detokenize(tokenizer, prompt, answer, kind=detokenizer, special=False):
+    follower = kind(tokenizer, prompt, special=special)
+    return [*map(follower.push, answer), follower.flush()]
 
 
 @given(text=st.text(max_size=40))
@@ -78,6 +79,19 @@ def test_pieces_of_an_answer_join_to_its_text_and_never_show_half_a_character(to
 @given(answer=st.lists(st.integers(0, 299), max_size=12))
 def test_pieces_of_any_tokens_join_to_what_decoding_them_at_once_gives(tokenizer, answer):
     assert "".join(detokenize(tokenizer, tokenizer.encode("the", special=False), answer)) == tokenizer.decode(answer)
+
+
+@given(answer=st.lists(st.integers(0, 310), max_size=16), special=st.booleans())
+def test_following_bytes_gives_what_following_a_window_gives(tokenizer, answer, special):
+    prompt = tokenizer.encode("the", special=False)
+    by_bytes = detokenize(tokenizer, prompt, answer, ByteDetokenizer, special)
+    assert "".join(by_bytes) == "".join(detokenize(tokenizer, prompt, answer, WindowDetokenizer, special))
+    assert "".join(by_bytes) == tokenizer.decode(answer, special=special)
+
+
+def test_only_tokenizers_that_join_bytes_are_followed_by_their_bytes(tokenizer, sentencepiece):
+    assert isinstance(detokenizer(tokenizer, []), ByteDetokenizer)
+    assert isinstance(detokenizer(sentencepiece, []), WindowDetokenizer)
 
 
 def test_a_character_begun_in_the_prompt_is_finished_in_the_answer(tokenizer):
