@@ -185,7 +185,9 @@ def split(
         for attention_rank in range(counts.attention):
             addresses = [loop.port.address for loop in loops]
             port_a = transports.connect(transport, addresses, hello(attention_rank, 0), connect_s=20.0, **options)
-            cache = KvCache(spec, num_blocks, block_size, torch.float32, device, kernel("native" if kernels else "batched"))
+            cache = KvCache(
+                spec, num_blocks, block_size, torch.float32, device, kernel("native" if kernels else "batched")
+            )
             scheduler = Scheduler(
                 BlockManager(num_blocks, block_size),
                 microbatches=microbatches,

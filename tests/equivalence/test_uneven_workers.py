@@ -78,7 +78,9 @@ def test_a_worker_slowed_three_times_costs_the_other_less_than_a_tenth() -> None
 def test_gathering_joins_workers_that_run_alike(attention: int) -> None:
     spec = tiny("step3")
     topology = f"{attention}A1F"
-    with split(spec, weights_of(spec), topology, microbatches=1, transport="inproc", gather_window_s=5 * LAYER_S) as rig:
+    with split(
+        spec, weights_of(spec), topology, microbatches=1, transport="inproc", gather_window_s=5 * LAYER_S
+    ) as rig:
         for rank in range(attention):
             pace(rig, rank, LAYER_S)
         results = [rig.submit(str(rank), (1, 2, 3), PARAMS, rank) for rank in range(attention)]

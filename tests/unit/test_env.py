@@ -18,7 +18,9 @@ def test_known_variables_are_read_and_others_without_the_prefix_ignored() -> Non
 
 
 def test_an_unknown_variable_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown environment variable AFD_LOGS; known are AFD_CACHE, AFD_KERNELS, AFD_LOG"):
+    with pytest.raises(
+        ConfigError, match="unknown environment variable AFD_LOGS; known are AFD_CACHE, AFD_KERNELS, AFD_LOG"
+    ):
         env.read({"AFD_LOGS": "debug"})
 
 

@@ -73,7 +73,9 @@ def test_the_scheduler_cuts_prompts_while_others_decode() -> None:
     add("late", 2000)
     first = step(0.2)
     assert first["early"] == 1
-    assert first["late"] == scheduler.chunks.allowed(True) * 2, "half of it the next time: the step took twice the target"
+    assert first["late"] == scheduler.chunks.allowed(True) * 2, (
+        "half of it the next time: the step took twice the target"
+    )
     second = step(0.05)
     assert second["late"] < first["late"]
     assert step(0.05)["late"] > second["late"]

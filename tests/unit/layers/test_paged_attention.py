@@ -16,7 +16,6 @@ from afd.layers.attention.plain import BatchedPlainAttention, PlainAttention, ca
 from afd.layers.attention.registry import KERNELS, kernel
 from afd.native.library import load
 
-
 NAMES = [name for name in KERNELS if name != "native" or load() is not None]
 compiled = pytest.mark.skipif(load() is None, reason="no C++ compiler, or AFD_KERNELS=plain")
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from afd.errors import HandshakeRefused
 from afd.rpc import ffn_pb2
 from afd.transport.base import Hello
-from afd.transport.shape import PROTOCOL_VERSION
 from afd.transport.handshake import answer, check_welcome, hello_packet
+from afd.transport.shape import PROTOCOL_VERSION
 from afd.types import DType
 
 SERVED = Hello(7, "sha256:0123", 0, 1, 2, 1, DType.BF16, DType.FP8, 30, 576, 8, 2, 512, 3)
