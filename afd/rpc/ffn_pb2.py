@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61\x66\x64/rpc/ffn.proto\x12\x07\x61\x66\x64.rpc\"I\n\rFromAttention\x12\x0f\n\x05\x66rame\x18\x01 \x01(\x0cH\x00\x12\x1f\n\x05hello\x18\x02 \x01(\x0b\x32\x0e.afd.rpc.HelloH\x00\x42\x06\n\x04kind\"G\n\x07\x46romFfn\x12\x0f\n\x05\x66rame\x18\x01 \x01(\x0cH\x00\x12#\n\x07welcome\x18\x02 \x01(\x0b\x32\x10.afd.rpc.WelcomeH\x00\x42\x06\n\x04kind\"\xa6\x02\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x16\n\x0e\x61ttention_rank\x18\x04 \x01(\r\x12\x10\n\x08\x66\x66n_rank\x18\x05 \x01(\r\x12\n\n\x02\x65p\x18\x06 \x01(\r\x12\n\n\x02tp\x18\x07 \x01(\r\x12\r\n\x05\x64type\x18\x08 \x01(\r\x12\x12\n\nnum_layers\x18\t \x01(\r\x12\x13\n\x0bhidden_size\x18\n \x01(\r\x12\x13\n\x0bnum_experts\x18\x0b \x01(\r\x12\r\n\x05top_k\x18\x0c \x01(\r\x12\x12\n\nmax_tokens\x18\r \x01(\r\x12\x14\n\x0cmicrobatches\x18\x0e \x01(\r\x12\x16\n\x0e\x64ispatch_dtype\x18\x0f \x01(\r\"\x1a\n\x07Welcome\x12\x0f\n\x07refusal\x18\x01 \x01(\t2?\n\x03\x46\x66n\x12\x38\n\x08\x45xchange\x12\x16.afd.rpc.FromAttention\x1a\x10.afd.rpc.FromFfn(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x11\x61\x66\x64/rpc/ffn.proto\x12\x07\x61\x66\x64.rpc\"V\n\rFromAttention\x12\x0f\n\x05\x66rame\x18\x01 \x01(\x0cH\x00\x12\x1f\n\x05hello\x18\x02 \x01(\x0b\x32\x0e.afd.rpc.HelloH\x00\x12\x0b\n\x03pad\x18\x03 \x01(\x0c\x42\x06\n\x04kind\"T\n\x07\x46romFfn\x12\x0f\n\x05\x66rame\x18\x01 \x01(\x0cH\x00\x12#\n\x07welcome\x18\x02 \x01(\x0b\x32\x10.afd.rpc.WelcomeH\x00\x12\x0b\n\x03pad\x18\x03 \x01(\x0c\x42\x06\n\x04kind\"\xa6\x02\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0cmodel_digest\x18\x03 \x01(\t\x12\x16\n\x0e\x61ttention_rank\x18\x04 \x01(\r\x12\x10\n\x08\x66\x66n_rank\x18\x05 \x01(\r\x12\n\n\x02\x65p\x18\x06 \x01(\r\x12\n\n\x02tp\x18\x07 \x01(\r\x12\r\n\x05\x64type\x18\x08 \x01(\r\x12\x12\n\nnum_layers\x18\t \x01(\r\x12\x13\n\x0bhidden_size\x18\n \x01(\r\x12\x13\n\x0bnum_experts\x18\x0b \x01(\r\x12\r\n\x05top_k\x18\x0c \x01(\r\x12\x12\n\nmax_tokens\x18\r \x01(\r\x12\x14\n\x0cmicrobatches\x18\x0e \x01(\r\x12\x16\n\x0e\x64ispatch_dtype\x18\x0f \x01(\r\"\x1a\n\x07Welcome\x12\x0f\n\x07refusal\x18\x01 \x01(\t2?\n\x03\x46\x66n\x12\x38\n\x08\x45xchange\x12\x16.afd.rpc.FromAttention\x1a\x10.afd.rpc.FromFfn(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,13 +32,13 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afd.rpc.ffn_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FROMATTENTION']._serialized_start=30
-  _globals['_FROMATTENTION']._serialized_end=103
-  _globals['_FROMFFN']._serialized_start=105
-  _globals['_FROMFFN']._serialized_end=176
-  _globals['_HELLO']._serialized_start=179
-  _globals['_HELLO']._serialized_end=473
-  _globals['_WELCOME']._serialized_start=475
-  _globals['_WELCOME']._serialized_end=501
-  _globals['_FFN']._serialized_start=503
-  _globals['_FFN']._serialized_end=566
+  _globals['_FROMATTENTION']._serialized_end=116
+  _globals['_FROMFFN']._serialized_start=118
+  _globals['_FROMFFN']._serialized_end=202
+  _globals['_HELLO']._serialized_start=205
+  _globals['_HELLO']._serialized_end=499
+  _globals['_WELCOME']._serialized_start=501
+  _globals['_WELCOME']._serialized_end=527
+  _globals['_FFN']._serialized_start=529
+  _globals['_FFN']._serialized_end=592
 # @@protoc_insertion_point(module_scope)

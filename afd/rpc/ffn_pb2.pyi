@@ -6,20 +6,24 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FromAttention(_message.Message):
-    __slots__ = ("frame", "hello")
+    __slots__ = ("frame", "hello", "pad")
     FRAME_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
+    PAD_FIELD_NUMBER: _ClassVar[int]
     frame: bytes
     hello: Hello
-    def __init__(self, frame: _Optional[bytes] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ...) -> None: ...
+    pad: bytes
+    def __init__(self, frame: _Optional[bytes] = ..., hello: _Optional[_Union[Hello, _Mapping]] = ..., pad: _Optional[bytes] = ...) -> None: ...
 
 class FromFfn(_message.Message):
-    __slots__ = ("frame", "welcome")
+    __slots__ = ("frame", "welcome", "pad")
     FRAME_FIELD_NUMBER: _ClassVar[int]
     WELCOME_FIELD_NUMBER: _ClassVar[int]
+    PAD_FIELD_NUMBER: _ClassVar[int]
     frame: bytes
     welcome: Welcome
-    def __init__(self, frame: _Optional[bytes] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ...) -> None: ...
+    pad: bytes
+    def __init__(self, frame: _Optional[bytes] = ..., welcome: _Optional[_Union[Welcome, _Mapping]] = ..., pad: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol_version", "epoch", "model_digest", "attention_rank", "ffn_rank", "ep", "tp", "dtype", "num_layers", "hidden_size", "num_experts", "top_k", "max_tokens", "microbatches", "dispatch_dtype")

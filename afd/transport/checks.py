@@ -45,7 +45,8 @@ def check_dispatch(frame: Frame, hello: Hello) -> None:
     check_limits(frame, hello)
     ids = frame.expert_ids
     if ids is not None and ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
+        array = ids.numpy()  # torch's own minimum lends the interpreter to other threads
+        low, high = int(array.min()), int(array.max())
         if low < 0 or high >= hello.num_experts:
             raise FrameError(
                 f"a dispatch has expert ids {low} to {high}; the model has experts 0 to {hello.num_experts - 1}"

@@ -21,10 +21,13 @@ A dispatch always has hidden, and routing on MoE layers; a combine has hidden or
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from afd.errors import FrameError
@@ -86,7 +89,7 @@ class Frame:
 
 def encode(frame: Frame) -> list[Buffer]:
     """The frame as buffers to be sent one behind the other: the header, then views of its tensors (copies only of
-    tensors that are not contiguous or not on the CPU), valid as long as those are not written to."""
+    tensors that are not contiguous or not on the CPU), valid as long as those live and are not written to."""
     shape = _shape(frame)
     buffers: list[Buffer] = [_header(frame, shape)]
     if frame.hidden is not None:
@@ -107,7 +110,7 @@ class Slot:
         """`memory` must be writable."""
         self.nbytes = memory.nbytes
         self._memory = memory
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)  # [nbytes]
+        self._bytes = np.frombuffer(memory, np.uint8)  # [nbytes]
         self._known: dict[Shape, _Parts] = {}
 
     def write(self, frame: Frame) -> int:
@@ -162,23 +165,16 @@ class _Parts:
 
 
 def decode(buffer: Buffer, max_bytes: int) -> Frame:
-    """The frame in `buffer`, which must be exactly one. Its tensors are views of a writable buffer, and keep it alive;
-    a read-only buffer is copied once (torch has no read-only tensors). Raises FrameError for anything malformed, and
-    for frames over `max_bytes`; raises nothing else whatever the bytes are."""
+    """The frame in `buffer`, which must be exactly one. Its tensors are views of the buffer, and keep it alive; nobody
+    may write to them where it is read-only (torch has no read-only tensors). A frame that does not start at a multiple
+    of 8 bytes is copied once. Raises FrameError for anything malformed, and for frames over `max_bytes`; raises nothing
+    else whatever the bytes are."""
     view = memoryview(buffer).cast("B")
     if view.nbytes > max_bytes:
         raise FrameError(f"a frame of {view.nbytes} bytes is over the link's limit of {max_bytes} bytes")
     header = bytes(view[:HEADER_BYTES])
     shape = _read_shape(header, view.nbytes)
-    payload = view[HEADER_BYTES:]
-    if shape.kind is FrameKind.ERROR:
-        return _frame(header, shape, _Parts(None, None, None, None), payload)
-    if view.readonly:
-        whole = torch.empty(view.nbytes, dtype=torch.uint8)
-        whole.numpy().data[:] = view
-    else:
-        whole = torch.frombuffer(view, dtype=torch.uint8)
-    return _frame(header, shape, _cut(whole, shape), payload)
+    return _frame(header, shape, _cut(_array(view), shape), view[HEADER_BYTES:])
 
 
 def _read_shape(header: bytes, size: int) -> Shape:
@@ -196,16 +192,18 @@ def _frame(header: bytes, shape: Shape, parts: _Parts, payload: memoryview) -> F
     )  # fmt: skip
 
 
-def _cut(whole: Tensor, shape: Shape) -> _Parts:
-    """The tensors of a frame whose bytes are `whole` (and maybe more)."""
+def _cut(whole: NDArray[np.uint8], shape: Shape) -> _Parts:
+    """The tensors of a frame whose bytes are `whole` (and maybe more). With numpy up to the last step: torch's own
+    slices and views each lend the interpreter to other threads, and wait until they get it back."""
 
     def part(dtype: torch.dtype, start: int, columns: int) -> Tensor | None:
         if not columns:
             return None
-        if not shape.num_tokens:
-            return torch.empty(0, columns, dtype=dtype)
-        end = start + shape.num_tokens * columns * dtype.itemsize
-        return whole[start:end].view(dtype).view(shape.num_tokens, columns)
+        rows, known = shape.num_tokens, _NUMPY.get(dtype)
+        end = start + rows * columns * dtype.itemsize
+        array = whole[start:end].view(known or _SAME_SIZE[dtype.itemsize]).reshape(rows, columns)
+        tensor = torch.from_numpy(array)
+        return tensor if known else tensor.view(dtype)
 
     if shape.kind is FrameKind.ERROR:
         return _Parts(None, None, None, None)
@@ -215,6 +213,27 @@ def _cut(whole: Tensor, shape: Shape) -> _Parts:
         expert_ids=part(torch.int32, shape.ids, shape.top_k),
         expert_weights=part(torch.float32, shape.weights, shape.top_k),
     )
+
+
+_NUMPY = {torch.float32: np.dtype("<f4"), torch.int32: np.dtype("<i4")}
+_SAME_SIZE = {2: np.dtype("<i2"), 1: np.dtype("u1")}  # for what numpy has no name for
+_ALIGNMENT = 8
+
+
+class _Writable:
+    """Says of memory that it may be written to, whether or not it may: torch asks for no less."""
+
+    def __init__(self, array: NDArray[np.uint8]) -> None:
+        self.__array_interface__ = {**array.__array_interface__, "data": (array.__array_interface__["data"][0], False)}
+        self._alive = array
+
+
+def _array(view: memoryview) -> NDArray[np.uint8]:
+    """The bytes of `view`, aligned; a view of them where they are."""
+    array = np.frombuffer(view, np.uint8)
+    if array.__array_interface__["data"][0] % _ALIGNMENT:
+        return array.copy()
+    return np.asarray(_Writable(array)) if view.readonly else array
 
 
 def _header(frame: Frame, shape: Shape) -> bytes:
@@ -278,6 +297,7 @@ def _message(view: memoryview) -> str:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        tensor = tensor.to("cpu").contiguous()
-    return tensor.detach().view(torch.uint8).numpy().data
+    """The tensor's bytes, where they are if they lie together on the CPU; valid as long as the tensor lives."""
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes:
+        return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+    return tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().data

@@ -200,9 +200,9 @@ class FfnPort(Port):
         """y of a dispatch [tokens, hidden], in the model's dtype on `device`: a view of the frame where it has that
         already."""
         assert dispatch.hidden is not None, "a dispatch without a payload passed the port"
-        hidden = dispatch.hidden.to(device)
+        hidden = dispatch.hidden if dispatch.hidden.device == device else dispatch.hidden.to(device)
         if dispatch.scales is None:
-            return hidden.to(self._dtype)
+            return hidden if hidden.dtype is self._dtype else hidden.to(self._dtype)
         return dequantise(hidden, dispatch.scales.to(device), self._dtype)
 
     def _links(self) -> Iterator[Link]:
@@ -281,7 +281,10 @@ class FfnPort(Port):
 
 def pack(y: Tensor, dtype: DType) -> tuple[Tensor, Tensor | None]:
     """y [tokens, hidden] as a frame carries it in `dtype`, and its scales where that has some."""
-    return quantise(y) if dtype is DType.FP8 else (y.to(TORCH_DTYPES[dtype]), None)
+    if dtype is DType.FP8:
+        return quantise(y)
+    wanted = TORCH_DTYPES[dtype]
+    return y if y.dtype is wanted else y.to(wanted), None
 
 
 def _named(error: TransportError, peer: str) -> TransportError:
