@@ -68,7 +68,8 @@ def ask(server: Serving, model: str) -> tuple[str, float]:
 def test_a_prepared_model_answers_within_20_seconds_of_the_command() -> None:
     took = []
     while not took or (min(took) >= 20.0 and len(took) < 3):  # other people's load on the machine is not ours
-        with serving("smollm2-step3") as server:
+        # In bf16 the answer's first token hangs on two logits that are closer than its rounding.
+        with serving("smollm2-step3", "--dtype", "fp32") as server:
             answer, first_s = ask(server, "smollm2-step3")
             assert answer == "The capital of France is Paris."
             took.append(server.start_s + first_s)
