@@ -1,8 +1,8 @@
 """One gRPC stream per pair of workers: between hosts, and wherever there is no shared memory.
 
 The messages are those of proto/afd/rpc/ffn.proto. The `frame` field is put together by hand (a tag, a length, the
-frame) so that its bytes are copied once and not parsed, and used where gRPC put them. gRPC's own threads meet the port's thread in two queues:
-an inbox that a selector can wait on, and an outbox.
+frame) so that its bytes are copied once and not parsed, and used where gRPC put them. gRPC's own threads meet the
+port's thread in two queues: an inbox that a selector can wait on, and an outbox.
 
 Every hand-over between threads costs a wake-up and a turn at the interpreter's lock, so there are as few as gRPC's
 public interface allows. What comes in is put into the inbox by the function that gRPC calls to deserialize it, in the
@@ -22,7 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 # The C core's own polling threads hand every event on to the thread that waits for it. The older way, in which that
-# thread polls, takes a third less CPU time a frame. Without effect where grpc is imported already, or knows no such names.
+# thread polls, takes a third less CPU time a frame. Without effect where grpc is imported already, or knows no such
+# names.
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
 
 import grpc
