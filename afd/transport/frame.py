@@ -24,6 +24,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,8 +216,8 @@ def _cut(whole: NDArray[np.uint8], shape: Shape) -> _Parts:
     )
 
 
-_NUMPY = {torch.float32: np.dtype("<f4"), torch.int32: np.dtype("<i4")}
-_SAME_SIZE = {2: np.dtype("<i2"), 1: np.dtype("u1")}  # for what numpy has no name for
+_NUMPY: dict[torch.dtype, np.dtype[Any]] = {torch.float32: np.dtype("<f4"), torch.int32: np.dtype("<i4")}
+_SAME_SIZE: dict[int, np.dtype[Any]] = {2: np.dtype("<i2"), 1: np.dtype("u1")}  # for what numpy has no name for
 _ALIGNMENT = 8
 
 
@@ -233,7 +234,9 @@ def _array(view: memoryview) -> NDArray[np.uint8]:
     array = np.frombuffer(view, np.uint8)
     if array.__array_interface__["data"][0] % _ALIGNMENT:
         return array.copy()
-    return np.asarray(_Writable(array)) if view.readonly else array
+    if view.readonly:
+        array = np.asarray(_Writable(array))
+    return array
 
 
 def _header(frame: Frame, shape: Shape) -> bytes:
