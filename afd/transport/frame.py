@@ -233,10 +233,8 @@ def _array(view: memoryview) -> NDArray[np.uint8]:
     """The bytes of `view`, aligned; a view of them where they are."""
     array = np.frombuffer(view, np.uint8)
     if array.__array_interface__["data"][0] % _ALIGNMENT:
-        return array.copy()
-    if view.readonly:
-        array = np.asarray(_Writable(array))
-    return array
+        return np.array(array)
+    return np.asarray(_Writable(array), np.uint8) if view.readonly else array
 
 
 def _header(frame: Frame, shape: Shape) -> bytes:
