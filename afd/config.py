@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from afd.errors import ConfigError
 from afd.topology import Sharding, Topology
 
-TransportKind = Literal["auto", "shm", "grpc", "inproc"]
+TransportKind = Literal["auto", "shm", "grpc", "inproc", "collective"]
 
 
 class _Section(BaseModel):
@@ -79,7 +79,7 @@ class TransportSection(_Section):
     """How activations travel. `auto` chooses per pair of workers: shared memory on one host, gRPC between hosts."""
 
     kind: TransportKind = "auto"
-    bind: str = Field("127.0.0.1", min_length=1)  # address gRPC listens on, and is told to peers
+    bind: str = Field("127.0.0.1", min_length=1)  # address gRPC and collective listen on, and tell peers
     connect_s: float = Field(60.0, gt=0)
     deadline_s: float = Field(30.0, gt=0)  # longest wait for one answer
     # Poll this long before sleeping; auto: 2000 where every worker of the host can have a core, else 50.

@@ -68,6 +68,7 @@ class AttentionWorker:
             connect_s=transport.connect_s,
             deadline_s=transport.deadline_s,
             spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
+            device=self._plan.device,
         )
         try:
             self._engine = self._build_engine(self._plan, port)

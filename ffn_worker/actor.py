@@ -47,6 +47,7 @@ class FfnWorker:
             bind=transport.bind,
             spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
             deadline_s=transport.deadline_s,
+            device=plan.device,
         )
         self._loop = FfnLoop(ffn, port, device=plan.device, gather_window_s=self.deployment.ffn.gather_window_us / 1e6)
         self._thread = threading.Thread(target=self._run, args=(self._loop,), name=f"ffn {self.ffn_rank}", daemon=True)

@@ -46,11 +46,12 @@ from afd.transport.shape import (
 )
 from afd.types import DType
 
-__all__ = ["Buffer", "Frame", "FrameKind", "Slot", "decode", "encode"]
+__all__ = ["Buffer", "Frame", "FrameKind", "Slot", "decode", "encode", "peek"]
 
 Buffer = bytes | bytearray | memoryview
 
 _IDENTITY = struct.Struct("<IIIIQQQ")
+_KIND_AT, _MICROBATCH_AT = 6, 32
 _DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items()}
 
 assert SHAPE_BYTES + _IDENTITY.size == HEADER_BYTES, f"the identity packs to {_IDENTITY.size} bytes"
@@ -107,11 +108,11 @@ class Slot:
     sizes' tensors are kept. They keep the memory alive.
     """
 
-    def __init__(self, memory: memoryview) -> None:
-        """`memory` must be writable."""
+    def __init__(self, memory: memoryview, on_device: Tensor | None = None) -> None:
+        """`memory` must be writable. on_device [nbytes] uint8: where the tensors lie instead, if not in memory."""
         self.nbytes = memory.nbytes
         self._memory = memory
-        self._bytes = np.frombuffer(memory, np.uint8)  # [nbytes]
+        self._bytes = np.frombuffer(memory, np.uint8) if on_device is None else on_device  # [nbytes]
         self._known: dict[Shape, _Parts] = {}
 
     def write(self, frame: Frame) -> int:
@@ -178,6 +179,11 @@ def decode(buffer: Buffer, max_bytes: int) -> Frame:
     return _frame(header, shape, _cut(_array(view), shape), view[HEADER_BYTES:])
 
 
+def peek(header: bytes) -> tuple[int, int]:
+    """The kind and the microbatch that a header names, before the rest of its frame is here; they may be anything."""
+    return header[_KIND_AT], int.from_bytes(header[_MICROBATCH_AT : _MICROBATCH_AT + 4], "little")
+
+
 def _read_shape(header: bytes, size: int) -> Shape:
     if size < HEADER_BYTES:
         raise FrameError(f"a frame of {size} bytes is shorter than its header of {HEADER_BYTES} bytes")
@@ -193,15 +199,17 @@ def _frame(header: bytes, shape: Shape, parts: _Parts, payload: memoryview) -> F
     )  # fmt: skip
 
 
-def _cut(whole: NDArray[np.uint8], shape: Shape) -> _Parts:
-    """The tensors of a frame whose bytes are `whole` (and maybe more). With numpy up to the last step: torch's own
-    slices and views each lend the interpreter to other threads, and wait until they get it back."""
+def _cut(whole: NDArray[np.uint8] | Tensor, shape: Shape) -> _Parts:
+    """The tensors of a frame whose bytes are `whole` (and maybe more). With numpy, where it can be, up to the last
+    step: torch's own slices and views each lend the interpreter to other threads, and wait until they get it back."""
 
     def part(dtype: torch.dtype, start: int, columns: int) -> Tensor | None:
         if not columns:
             return None
         rows, known = shape.num_tokens, _NUMPY.get(dtype)
         end = start + rows * columns * dtype.itemsize
+        if isinstance(whole, Tensor):
+            return whole[start:end].view(dtype).view(rows, columns)
         array = whole[start:end].view(known or _SAME_SIZE[dtype.itemsize]).reshape(rows, columns)
         tensor = torch.from_numpy(array)
         return tensor if known else tensor.view(dtype)

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import os
 import queue
-import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +30,7 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from afd.errors import FrameError, PeerLost, PeerTimeout, TransportError
 from afd.rpc import ffn_pb2
 from afd.transport.base import Hello, Link, Listener
+from afd.transport.binding import split_bind, why_not
 from afd.transport.frame import Buffer, Frame, decode, encode
 from afd.transport.handshake import answer, check_welcome, hello_packet
 from afd.transport.mailbox import Mailbox, wait_readable
@@ -220,7 +219,7 @@ class GrpcListener(Listener):
     """A gRPC server; `address` is host:port with the real port."""
 
     def __init__(self, expected: Hello, bind: str) -> None:
-        host, port = _split(bind)
+        host, port = split_bind(bind)
         self._expected = expected
         self._threads = ThreadPoolExecutor(_MAX_STREAMS, thread_name_prefix="afd-grpc")
         self._server = grpc.server(
@@ -237,7 +236,7 @@ class GrpcListener(Listener):
             actual = self._server.add_insecure_port(f"{host}:{port}")
         except RuntimeError as error:
             raise TransportError(
-                f"ffn_rank {expected.ffn_rank} cannot listen on {bind} (transport.bind): {_reason(host, port)}"
+                f"ffn_rank {expected.ffn_rank} cannot listen on {bind} (transport.bind): {why_not(host, port)}"
             ) from error
         self._accepted: Mailbox[Link] = Mailbox()
         self._server.start()
@@ -325,23 +324,3 @@ def _read_varint(message: bytes, start: int) -> tuple[int, int]:
         if byte < 0x80:
             break
     return value, start
-
-
-def _split(bind: str) -> tuple[str, int]:
-    """Host (an IPv6 address in brackets) and port, 0 when there is none."""
-    bare = bind if bind.count(":") < 2 or bind.startswith("[") else f"[{bind}]"
-    match = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+)(?::(\d{1,5}))?", bare)
-    if match is None or int(match[2] or 0) > 65535:
-        raise TransportError(f"cannot listen on {bind!r} (transport.bind): give an address, or address:port")
-    return match[1], int(match[2] or 0)
-
-
-def _reason(host: str, port: int) -> str:
-    """Why binding failed, asked of the operating system (gRPC does not say)."""
-    try:
-        found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
-        with socket.socket(found[0][0], socket.SOCK_STREAM) as probe:
-            probe.bind(found[0][4])
-    except OSError as error:
-        return error.strerror or str(error)
-    return "gRPC could not bind it"

@@ -9,13 +9,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from afd.errors import ConfigError, PeerLost, PeerTimeout, TransportError
-from afd.transport import grpc_stream, local, shm
+from afd.transport import collective, grpc_stream, local, shm
 from afd.transport.base import Hello, Link, Listener
 from afd.transport.local import Faults
 from afd.transport.ports import AttentionPort, FfnPort
 from afd.types import FfnAddress
 
+_CPU = torch.device("cpu")
 _RETRY_S = 0.05  # between two tries to reach an FFN worker that is not there yet
 
 
@@ -26,6 +29,7 @@ class _Options:
     bind: str
     deadline_s: float
     faults: Faults | None
+    device: torch.device
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,12 @@ _TRANSPORTS = {  # the best first: `auto` takes the first that reaches
         dial=lambda address, hello, timeout_s, _: grpc_stream.dial(address, hello, timeout_s),
         reaches=lambda address: bool(address.grpc),
     ),
+    "collective": _Transport(
+        listen=lambda expected, o: collective.listen(expected, o.bind, o.deadline_s, o.device),
+        dial=lambda address, hello, timeout_s, o: collective.dial(address, hello, timeout_s, o.deadline_s, o.device),
+        reaches=lambda address: bool(address.collective),
+        missing=collective.missing,
+    ),
 }
 NAMES = ("auto", *_TRANSPORTS)
 
@@ -73,17 +83,24 @@ def host_key() -> str:
 
 
 def listen(
-    kind: str, expected: Hello, *, bind: str, spin_us: int, deadline_s: float, faults: Faults | None = None
+    kind: str,
+    expected: Hello,
+    *,
+    bind: str,
+    spin_us: int,
+    deadline_s: float,
+    faults: Faults | None = None,
+    device: torch.device = _CPU,
 ) -> FfnPort:
     """Opens the doors of one FFN worker. `expected` is what it serves: attention workers whose Hello differs are
     refused (attention_rank aside; max_tokens and microbatches are limits).
 
-    kind "auto" listens on shm, where the machine has it, and gRPC. bind: the address gRPC listens on and tells its
-    peers (with or without a port). spin_us: how long a wait polls before it sleeps. deadline_s: longest time a send
-    may block. faults: of the inproc transport. Raises TransportError when a door cannot be opened, ConfigError for an
-    unknown kind.
+    kind "auto" listens on shm, where the machine has it, and gRPC. bind: the address gRPC and collective listen on and
+    tell their peers (with or without a port). spin_us: how long a wait polls before it sleeps. deadline_s: longest
+    time a send may block. faults: of the inproc transport. device: whose memory the collective transport's frames come
+    to. Raises TransportError when a door cannot be opened, ConfigError for an unknown kind.
     """
-    options = _Options(bind, deadline_s, _checked_faults(kind, faults))
+    options = _Options(bind, deadline_s, _checked_faults(kind, faults), device)
     if kind == "auto":
         names = [name for name in ("shm", "grpc") if not _TRANSPORTS[name].missing()]
     else:
@@ -97,9 +114,7 @@ def listen(
         doors = {name: listener.address for name, listener in listeners.items()}
         port = FfnPort(
             tuple(listeners.values()),
-            FfnAddress(
-                expected.ffn_rank, host_key(), doors.get("shm", ""), doors.get("grpc", ""), doors.get("inproc", "")
-            ),
+            FfnAddress(expected.ffn_rank, host_key(), **doors),
             expected,
             spin_us=spin_us,
         )
@@ -116,16 +131,18 @@ def connect(
     deadline_s: float,
     spin_us: int,
     faults: Faults | None = None,
+    device: torch.device = _CPU,
 ) -> AttentionPort:
     """Connects one attention worker to every FFN worker. `hello` is what it believes; ffn_rank is filled in from each
     address. FFN workers that are not there yet are tried again.
 
     kind "auto" takes for each the first of inproc, shm and gRPC that reaches it. connect_s: longest time for all
-    together. deadline_s: longest wait for one answer. Raises HandshakeRefused, PeerLost or PeerTimeout with `peer`
+    together. deadline_s: longest wait for one answer. device: whose memory the collective transport's frames come to.
+    Raises HandshakeRefused, PeerLost or PeerTimeout with `peer`
     naming the FFN worker, TransportError when it cannot be reached by `kind` or an FFN rank's address is missing,
     ConfigError for an unknown kind.
     """
-    options = _Options("", deadline_s, _checked_faults(kind, faults))
+    options = _Options("", deadline_s, _checked_faults(kind, faults), device)
     ranks, wanted = sorted(a.ffn_rank for a in addresses), list(range(hello.ep * hello.tp))
     if ranks != wanted:
         raise TransportError(f"addresses name the ffn_ranks {ranks}; EP {hello.ep} times TP {hello.tp} needs {wanted}")

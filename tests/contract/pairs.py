@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
-from afd.transport import grpc_stream, local, shm
+from afd.transport import collective, grpc_stream, local, shm
 from afd.transport.base import Hello, Link, Listener
 from afd.transport.frame import Frame
 from afd.transport.local import Faults
@@ -20,8 +20,8 @@ from afd.transport.ports import AttentionPort, FfnPort
 from afd.transport.registry import connect, host_key, listen
 from afd.types import DType, FfnAddress
 
-KINDS = ("inproc", "shm", "grpc")
-BETWEEN_PROCESSES = ("shm", "grpc")
+KINDS = ("inproc", "shm", "grpc", "collective")
+BETWEEN_PROCESSES = ("shm", "grpc", "collective")
 HELLO = Hello(
     epoch=2**40 + 7,
     model_digest="sha256:0123",
@@ -153,6 +153,8 @@ def raw_listener(kind: str, expected: Hello = HELLO) -> Listener:
     """A bare door, for an FFN side that misbehaves."""
     if kind == "inproc":
         return local.listen(expected)
+    if kind == "collective":
+        return collective.listen(expected, "127.0.0.1", SOON_S)
     return shm.listen(expected, SOON_S) if kind == "shm" else grpc_stream.listen(expected, "127.0.0.1")
 
 
@@ -166,6 +168,8 @@ def raw_dial(kind: str, address: FfnAddress, hello: Hello = HELLO) -> Link:
         return local.dial(address.inproc, hello)
     if kind == "shm":
         return shm.dial(address.shm, hello, SOON_S, SOON_S)
+    if kind == "collective":
+        return collective.dial(address.collective, hello, SOON_S, SOON_S)
     return grpc_stream.dial(address.grpc, hello, SOON_S)
 
 

@@ -55,13 +55,13 @@ def test_one_attention_worker_may_reach_each_ffn_worker_another_way() -> None:
 
 def test_an_unknown_name_is_answered_with_the_choices() -> None:
     choices = ", ".join(NAMES)
-    assert NAMES == ("auto", "inproc", "shm", "grpc")
+    assert NAMES == ("auto", "inproc", "shm", "grpc", "collective")
     for call in (lambda: open_ffn("tcp"), lambda: attention("tcp", [FfnAddress(0)]).__enter__()):
         with pytest.raises(ConfigError, match=rf"no transport 'tcp' \(transport.kind\); choose one of {choices}"):
             call()
 
 
-@pytest.mark.parametrize("kind", ["shm", "grpc", "auto"])
+@pytest.mark.parametrize("kind", ["shm", "grpc", "collective", "auto"])
 def test_faults_are_for_the_inproc_transport_only(kind: str) -> None:
     with pytest.raises(ConfigError, match="faults are the inproc transport's"):
         open_ffn(kind, faults=Faults())

@@ -27,7 +27,7 @@ def load(family: str) -> tuple[list[tuple[int, ...]], list[list[int]]]:
     return prompts, [model.generate(list(p), GREEDY.max_tokens) for p in prompts]
 
 
-@pytest.mark.parametrize("transport", ["inproc", "shm", "grpc"])
+@pytest.mark.parametrize("transport", ["inproc", "shm", "grpc", "collective"])
 @pytest.mark.parametrize("microbatches", [1, 2, 3])
 @pytest.mark.parametrize(("topology", "sharding"), SHAPES)
 def test_every_topology_transport_and_number_of_microbatches_gives_the_whole_models_tokens(
