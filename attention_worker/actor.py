@@ -94,11 +94,11 @@ class AttentionWorker:
             "totals": self._engine.timeline.totals() if self._engine else None,
         }
 
-    def timeline(self, seconds: float, max_events: int) -> Recording:
+    def timeline(self, since_ns: int, max_events: int) -> Recording:
         """See afd.cluster.roles."""
         if self._engine is None:
             raise ClusterError(f"the engine of attention_rank {self.attention_rank} does not run yet")
-        return self._engine.timeline.recent(seconds, max_events)
+        return self._engine.timeline.since(since_ns, max_events)
 
     def status_reply(self) -> pb.StatusReply:
         """The same for routers (proto/afd/rpc/attention.proto)."""

@@ -68,11 +68,11 @@ class FfnWorker:
             "totals": self._loop.timeline.totals() if self._loop else None,
         }
 
-    def timeline(self, seconds: float, max_events: int) -> Recording:
+    def timeline(self, since_ns: int, max_events: int) -> Recording:
         """See afd.cluster.roles."""
         if self._loop is None:
             raise ClusterError(f"the loop of ffn_rank {self.ffn_rank} does not run yet")
-        return self._loop.timeline.recent(seconds, max_events)
+        return self._loop.timeline.since(since_ns, max_events)
 
     def stop(self) -> None:
         """Ends the loop and the links. Idempotent. Raises ClusterError if the loop does not end."""

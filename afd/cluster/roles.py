@@ -34,8 +34,8 @@ class FfnRole(Protocol):
         """{"state": "ready" | "draining" | "lost", "message": one sentence when lost, "totals": its timeline's, or
         None before there is one, "pid", ...counters}. Never blocks."""
 
-    def timeline(self, seconds: float, max_events: int) -> Recording:
-        """The newest part of its timeline: afd.pipeline.timeline.Timeline.recent. Never blocks. Raises ClusterError
+    def timeline(self, since_ns: int, max_events: int) -> Recording:
+        """The newest part of its timeline: afd.pipeline.timeline.Timeline.since. Never blocks. Raises ClusterError
         before its loop runs."""
 
     def stop(self) -> None:
@@ -54,7 +54,7 @@ class AttentionRole(Protocol):
     def status(self) -> dict[str, object]:
         """As an FFN worker's."""
 
-    def timeline(self, seconds: float, max_events: int) -> Recording:
+    def timeline(self, since_ns: int, max_events: int) -> Recording:
         """As an FFN worker's."""
 
     def stop(self, drain_s: float) -> None:

@@ -33,8 +33,11 @@ def offset(asked_ns: int, theirs_ns: int, answered_ns: int) -> Offset:
 
 def collect(handles: Sequence[Handle], seconds: float, max_events: int) -> Timelines:
     """The last `seconds` of every worker's timeline, each at most its share of `max_events`. Workers that fail or do
-    not answer in time are named in `missing`."""
-    deadline = time.monotonic() + ANSWER_S
+    not answer in time are named in `missing`.
+
+    All are asked for what they did since one moment, `seconds` before this call: they answer one after the other, on
+    a busy machine with tenths of a second between, and have to have that much time in common."""
+    since_ns, deadline = time.monotonic_ns() - int(seconds * 1e9), time.monotonic() + ANSWER_S
     offsets: dict[Handle, Offset] = {}
     for _ in range(PROBES):
         for handle, probe in [(handle, _Probe(handle)) for handle in handles]:
@@ -42,7 +45,8 @@ def collect(handles: Sequence[Handle], seconds: float, max_events: int) -> Timel
             if found and (handle not in offsets or found.uncertainty_ns < offsets[handle].uncertainty_ns):
                 offsets[handle] = found
     share = max(1, max_events // max(1, len(handles)))
-    calls = {handle: handle.submit("timeline", seconds, share) for handle in handles}
+    here = Offset(0, 0)
+    calls = {h: h.submit("timeline", since_ns - offsets.get(h, here).ns, share) for h in handles}
     wait(calls.values(), max(0.0, deadline - time.monotonic()))
     recordings, missing = [], []
     for handle, call in calls.items():
@@ -62,7 +66,7 @@ class _Probe:
     def __init__(self, handle: Handle) -> None:
         self._answered_ns = 0
         self._asked_ns = time.monotonic_ns()
-        self._call = handle.submit("timeline", 0.0, 0)
+        self._call = handle.submit("timeline", 0, 0)
         self._call.add_done_callback(self._answered)
 
     def _answered(self, _: Future[Any]) -> None:

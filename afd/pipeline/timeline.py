@@ -193,13 +193,12 @@ class Timeline:
         }
         return WorkerTotals(activities, self.work.totals(), *self._sums)
 
-    def recent(self, seconds: float, max_events: int) -> Recording:
-        """The newest events: those of the last `seconds` and the one that went on when they began, at most
-        `max_events` and less where the ring holds less. Any thread; takes no lock, and what the owner overwrites
+    def since(self, since_ns: int, max_events: int) -> Recording:
+        """The newest events: those from `since_ns` on (this host's CLOCK_MONOTONIC) and the one that went on then, at
+        most `max_events` and less where the ring holds less. Any thread; takes no lock, and what the owner overwrites
         meanwhile is left out. 0 events: only what time it is here."""
-        now_ns, end = self._now()
-        since_ns, first = now_ns - int(seconds * 1e9), end
-        oldest = max(0, end - min(max_events, self._capacity))
+        now_ns, first = self._now()
+        oldest = max(0, first - min(max_events, self._capacity))
         chunks: list[list[_Mark]] = []
         while first > oldest and (not chunks or chunks[-1][0][0] > since_ns):
             begin = max(oldest, first - _CHUNK)

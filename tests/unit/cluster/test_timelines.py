@@ -24,17 +24,18 @@ class Far(Handle):
     def __init__(self, name: str, ahead_ns: int = 0, trip_s: float = 0.0, error: Exception | None = None) -> None:
         self.name, self.ahead_ns, self.trip_s, self.error = name, ahead_ns, trip_s, error
         self.timeline = Timeline(Role.FFN, 0, capacity=1 << 10)
-        self.asked: list[tuple[object, ...]] = []
+        self.asked: list[tuple[int, int]] = []
 
     def submit(self, method: str, *args: Any) -> Future[Any]:
         assert method == "timeline"
-        self.asked.append(args)
+        since_ns, max_events = args
+        self.asked.append((since_ns, max_events))
         answer: Future[Any] = Future()
         if self.error is not None:
             answer.set_exception(self.error)
             return answer
         time.sleep(self.trip_s)
-        here = self.timeline.recent(*args)
+        here = self.timeline.since(since_ns - self.ahead_ns, max_events)
         time.sleep(self.trip_s)
         answer.set_result(Recording(here.role, here.rank, here.pid, here.now_ns + self.ahead_ns, here.packed))
         return answer
@@ -78,8 +79,19 @@ def test_events_are_shared_out_over_the_workers() -> None:
             worker.timeline.mark(Activity.FFN, step=step)
     found = collect(workers, 5.0, 40)
     assert [len(list(recording.events())) for recording in found.recordings] == [10, 10, 10, 10]
-    assert workers[0].asked[-1] == (5.0, 10)
-    assert workers[0].asked[:-1] == [(0.0, 0)] * timelines.PROBES
+    assert [share for _, share in workers[0].asked] == [0] * timelines.PROBES + [10]
+
+
+def test_all_are_asked_for_what_they_did_since_one_moment() -> None:
+    """However long the answers take, and whatever their clocks say, they have all of the time asked for in common."""
+    hour_ns = 3_600_000_000_000
+    workers = [Far("ffn_rank 0"), Far("ffn_rank 1", hour_ns, 0.05), Far("ffn_rank 2", -hour_ns, 0.05)]
+    began_ns = time.monotonic_ns()
+    found = collect(workers, 0.01, 100)
+    for worker, recording in zip(workers, found.recordings, strict=True):
+        since_ns = worker.asked[-1][0] + recording.offset_ns
+        assert since_ns == pytest.approx(began_ns - 10_000_000, abs=1e6 + recording.uncertainty_ns)
+        assert recording.now_ns + recording.offset_ns >= began_ns
 
 
 def test_who_fails_or_is_silent_is_named_and_the_others_are_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,10 +39,10 @@ class Toy:
         said = {"state": "lost" if lost else "ready", "message": "the wire was cut" if lost else "", "pid": os.getpid()}
         return said | {"deeds": len(self.deeds), "totals": self.time.totals()}
 
-    def timeline(self, seconds: float, max_events: int) -> Recording:
+    def timeline(self, since_ns: int, max_events: int) -> Recording:
         if "forget" in self.deeds:
             raise ClusterError(f"{self.role} {self.rank} does not remember")
-        return self.time.recent(seconds, max_events)
+        return self.time.since(since_ns, max_events)
 
 
 class ToyFfn(Toy):
