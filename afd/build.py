@@ -104,7 +104,7 @@ def plan(deployment: Deployment) -> Plan:
         files=files,
         spec=spec,
         family=registry.family(spec.family),
-        dtype=resolve_dtype(deployment.dtype, device),
+        dtype=resolve_dtype(deployment.dtype, files.config, device),
         device=device,
         shards=ffn_shards(deployment.counts.ffn, deployment.ffn.sharding, spec.num_experts, deployment.ffn.tp),
         model_digest=digest,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,10 +55,15 @@ def resolve_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def resolve_dtype(wanted: Literal["auto", "fp32", "bf16"], device: torch.device) -> DType:
-    """auto is bf16 where the device computes in it natively, else fp32."""
+def resolve_dtype(wanted: Literal["auto", "fp32", "bf16"], config: Mapping[str, Any], device: torch.device) -> DType:
+    """auto is the dtype the checkpoint's config.json names: fp32 for float32, and for any other bf16 where the device
+    computes in it natively, else fp32. So nothing is rounded that was not stored rounded (transformers' "auto")."""
     if wanted != "auto":
         return DType.FP32 if wanted == "fp32" else DType.BF16
+    text = config.get("text_config")
+    named = [part.get(key) for part in (text, config) if isinstance(part, Mapping) for key in ("dtype", "torch_dtype")]
+    if next((name for name in named if name), "bfloat16") == "float32":
+        return DType.FP32
     if device.type == "cuda":
         return DType.BF16 if torch.cuda.is_bf16_supported(including_emulation=False) else DType.FP32
     return DType.BF16 if cpu_has_bf16() else DType.FP32

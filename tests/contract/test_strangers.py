@@ -11,12 +11,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+import torch.distributed
 
 from afd.errors import HandshakeRefused, TransportError
 from afd.transport import shm
@@ -37,6 +39,8 @@ from tests.contract.pairs import (
     raw_dial,
     tokens,
 )
+
+dist: Any = torch.distributed  # its type stubs lack half of what is used here
 
 
 def works(port: AttentionPort, step: int = 0) -> None:
@@ -236,6 +240,30 @@ def test_a_grpc_message_that_is_no_frame_cuts_off_its_sender_only(
         works(port)
     assert "attention_rank 5" in caplog.text
     assert "frame" in caplog.text
+
+
+def test_garbage_on_the_collective_port_disturbs_nobody() -> None:
+    with ffn_worker("collective") as ffn, attention("collective", [ffn.port.address]) as port:
+        host, number = ffn.port.address.collective.rsplit(":", 1)
+        for garbage in (b"\xff" * 500, b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 60_000, b""):
+            stranger = socket.create_connection((host, int(number)), SOON_S)
+            with stranger, suppress(ConnectionError):  # shown out while it still talks
+                stranger.sendall(garbage)
+            works(port)
+        with attention("collective", [ffn.port.address], replace(HELLO, attention_rank=1)) as another:
+            works(another)
+
+
+def test_a_knock_at_the_collective_door_that_is_no_hello_gets_a_refusal_and_disturbs_nobody() -> None:
+    with ffn_worker("collective") as ffn, attention("collective", [ffn.port.address]) as port:
+        host, number = ffn.port.address.collective.rsplit(":", 1)
+        store = dist.TCPStore(host, int(number), is_master=False, wait_for_workers=False)
+        for garbage in (b"", b"\xff" * 500, b"0123456789abcdef", b"0123456789abcdef" + b"\xff" * 500):
+            store.queue_push("knocks", garbage)
+        assert b"is not a Hello" in store.get("0123456789abcdef/welcome")
+        works(port)
+        with attention("collective", [ffn.port.address], replace(HELLO, attention_rank=1)) as another:
+            works(another)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,10 @@ def test_an_unknown_key_is_refused_with_the_place_where_it_belongs(tmp_path: Pat
         ({"attention": {"microbatches": 0}}, "attention.microbatches is 0: .*greater than or equal to 1"),
         ({"attention": {"microbatches": "3"}}, "attention.microbatches is '3': .*integer"),
         ({"router": {"port": 70000}}, "router.port is 70000: .*65535"),
-        ({"transport": {"kind": "rdma"}}, "transport.kind is 'rdma': .*'auto', 'shm', 'grpc' or 'inproc'"),
+        (
+            {"transport": {"kind": "rdma"}},
+            "transport.kind is 'rdma': .*'auto', 'shm', 'grpc', 'inproc' or 'collective'",
+        ),
         ({"topology": "2"}, "topology is '2': .*like 2A1F"),
         ({"ffn": 3}, "ffn is 3"),
         ({"attention": {"threads": 0}}, "attention.threads is 0: .*equal to 1; attention.threads is 0: .*'auto'"),

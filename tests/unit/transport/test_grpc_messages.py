@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from afd.errors import FrameError, TransportError
 from afd.rpc import ffn_pb2
-from afd.transport.grpc_stream import _split, unwrap, wrap
+from afd.transport.binding import split_bind
+from afd.transport.grpc_stream import unwrap, wrap
 
 PARTS = st.lists(st.binary(max_size=300), max_size=4)
 
@@ -52,10 +53,10 @@ def test_other_messages_are_a_frame_error_and_nothing_else(message: bytes) -> No
     ],
 )
 def test_an_address_is_taken_with_and_without_port(bind: str, host: str, port: int) -> None:
-    assert _split(bind) == (host, port)
+    assert split_bind(bind) == (host, port)
 
 
 @pytest.mark.parametrize("bind", ["", ":80", "host:", "host:x", "host:65536", "[::1", "[::1]:x"])
 def test_what_is_no_address_is_refused(bind: str) -> None:
     with pytest.raises(TransportError, match=r"transport\.bind"):
-        _split(bind)
+        split_bind(bind)

@@ -93,9 +93,14 @@ def test_a_file_replaced_by_a_shorter_one_after_the_check_is_an_error_not_a_cras
 
 
 def test_dtype_and_device_are_taken_at_their_word_or_found_out(tmp_path: Path) -> None:
-    assert resolve_dtype("fp32", CPU) is DType.FP32
-    assert resolve_dtype("bf16", CPU) is DType.BF16
-    assert resolve_dtype("auto", CPU) is (DType.BF16 if cpu_has_bf16() else DType.FP32)
+    native = DType.BF16 if cpu_has_bf16() else DType.FP32
+    assert resolve_dtype("fp32", {"torch_dtype": "bfloat16"}, CPU) is DType.FP32
+    assert resolve_dtype("bf16", {"torch_dtype": "float32"}, CPU) is DType.BF16
+    assert resolve_dtype("auto", {}, CPU) is native
+    assert resolve_dtype("auto", {"torch_dtype": "bfloat16"}, CPU) is native
+    assert resolve_dtype("auto", {"dtype": "float32"}, CPU) is DType.FP32
+    assert resolve_dtype("auto", {"torch_dtype": "float32"}, CPU) is DType.FP32
+    assert resolve_dtype("auto", {"torch_dtype": "float32", "text_config": {"dtype": "bfloat16"}}, CPU) is native
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for flags, native in (
