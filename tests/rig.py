@@ -22,6 +22,7 @@ from afd.models.reference import WholeModel
 from afd.native.library import load
 from afd.spec import ModelSpec
 from afd.topology import FfnShard, Topology, ffn_shards
+from afd.torch_dtypes import TORCH_DTYPES
 from afd.transport import registry as transports
 from afd.transport.base import Hello
 from afd.transport.local import Faults
@@ -132,8 +133,12 @@ def split(
     deadline_s: float = 30.0,
     gather_window_s: float = 2e-4,
     compiled: bool = False,
+    dtype: DType = DType.FP32,
+    dispatch_dtype: DType | None = None,
 ) -> Iterator[Rig]:
-    """The running system; ends with every thread joined. `compiled`: with the compiled kernels."""
+    """The running system; ends with every thread joined. `compiled`: with the compiled kernels. `dispatch_dtype`:
+    None is the model's."""
+    weights = {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in weights.items()}
     kernels = load() if compiled else None
     counts, family = Topology.parse(topology), registry.family(spec.family)
     shards = ffn_shards(counts.ffn, sharding, spec.num_experts)  # type: ignore[arg-type]
@@ -147,8 +152,8 @@ def split(
             ffn_rank=ffn_rank,
             ep=shards[0].ep,
             tp=shards[0].tp,
-            dtype=DType.FP32,
-            dispatch_dtype=DType.FP32,
+            dtype=dtype,
+            dispatch_dtype=dispatch_dtype or dtype,
             num_layers=spec.layers,
             hidden_size=spec.hidden,
             num_experts=spec.num_experts,
@@ -186,7 +191,7 @@ def split(
             addresses = [loop.port.address for loop in loops]
             port_a = transports.connect(transport, addresses, hello(attention_rank, 0), connect_s=20.0, **options)
             cache = KvCache(
-                spec, num_blocks, block_size, torch.float32, device, kernel("native" if kernels else "batched")
+                spec, num_blocks, block_size, TORCH_DTYPES[dtype], device, kernel("native" if kernels else "batched")
             )
             scheduler = Scheduler(
                 BlockManager(num_blocks, block_size),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+from contextlib import AbstractContextManager
 from functools import cache
 
 import pytest
 
 from afd.native import library as native
+from afd.spec import ModelSpec
 from afd.transport.local import Faults
-from afd.types import SamplingParams
+from afd.types import DType, SamplingParams
 from attention_worker.scheduler import Batch
-from tests.rig import finished, split, tiny, weights_of, whole
+from tests.rig import Rig, finished, split, tiny, weights_of, whole
 
 SHAPES = [("1A1F", "ep"), ("2A1F", "ep"), ("1A2F", "ep"), ("1A2F", "tp"), ("2A2F", "ep"), ("1A4F", "hybrid")]
+compiled_only = pytest.mark.skipif(native.load() is None, reason="no C++ compiler, or AFD_KERNELS=plain")
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 
@@ -49,7 +52,7 @@ def test_every_family_gives_the_whole_models_tokens(family: str, topology: str, 
         assert rig.generate(prompts, GREEDY) == expected
 
 
-@pytest.mark.skipif(native.load() is None, reason="no C++ compiler, or AFD_KERNELS=plain")
+@compiled_only
 @pytest.mark.parametrize("transport", ["inproc", "shm"])
 @pytest.mark.parametrize("family", ["step3", "llama", "qwen3_moe"])
 @pytest.mark.parametrize(("topology", "sharding"), [*SHAPES, ("1A3F", "tp")])
@@ -59,6 +62,36 @@ def test_compiled_kernels_give_the_plain_whole_models_tokens(
     spec = tiny(family)
     prompts, expected = load(family)
     with split(spec, weights_of(spec), topology, sharding, 3, transport, block_size=16, compiled=True) as rig:
+        assert rig.generate(prompts, GREEDY) == expected
+        rig.check_idle()
+
+
+def bf16(
+    spec: ModelSpec, topology: str, microbatches: int, transport: str, dispatch_dtype: DType
+) -> AbstractContextManager[Rig]:
+    dtypes = {"dtype": DType.BF16, "dispatch_dtype": dispatch_dtype}
+    return split(
+        spec, weights_of(spec), topology, "ep", microbatches, transport, block_size=16, compiled=True, **dtypes
+    )
+
+
+@cache
+def alone(family: str, dispatch_dtype: DType) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+    """As `load`, in bf16: each prompt alone through one worker of each role in this process."""
+    spec, (prompts, _) = tiny(family, hidden_size=128), load(family)
+    with bf16(spec, "1A1F", 1, "inproc", dispatch_dtype) as rig:
+        return prompts, [finished(rig.submit(str(i), p, GREEDY)).token_ids for i, p in enumerate(prompts)]
+
+
+@compiled_only
+@pytest.mark.parametrize("dispatch_dtype", [DType.BF16, DType.FP8])
+@pytest.mark.parametrize("transport", ["shm", "grpc", "collective"])
+@pytest.mark.parametrize("family", ["step3", "llama"])
+def test_in_bf16_a_request_gets_the_tokens_it_gets_alone(family: str, transport: str, dispatch_dtype: DType) -> None:
+    """Every row is computed as if it were alone, so not even rounding depends on batch, microbatch and wire."""
+    prompts, expected = alone(family, dispatch_dtype)
+    spec = tiny(family, hidden_size=128)
+    with bf16(spec, "2A1F", 3, transport, dispatch_dtype) as rig:
         assert rig.generate(prompts, GREEDY) == expected
         rig.check_idle()
 
