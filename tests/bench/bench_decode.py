@@ -106,7 +106,7 @@ def _say(line: str) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="bf16")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32, 64, 96, 128])
     parser.add_argument(
         "--microbatches", type=_microbatches, nargs="+", default=["auto"], help="one `http` and one `engine` each"
