@@ -1,12 +1,12 @@
-"""Round trips of every transport between two real processes, beside a memcpy and bare sockets.
+"""Round trips of every transport between two real processes, beside a memcpy, bare sockets and bare gRPC.
 
     PYTHONPATH=. python tests/bench/bench_transport.py [--rounds 5] [--spin-us 200] [--free] [--kinds shm grpc ...]
 
 One process per transport echoes: each dispatch comes back as a combine of the same bytes. Kinds and sizes take turns
 inside every round, so that a noisy minute hits all of them; a figure is the median over rounds of the round's median.
 GB/s counts the bytes of both directions over the round trip. The memcpy makes the two copies that shared memory cannot
-avoid, in one thread; the bare sockets send and receive the same bytes with nothing around them. Unless --free is given,
-this process runs on the first core and the echoing ones on the second. The last line is JSON.
+avoid, in one thread; the bare sockets and gRPC stream send and receive the same bytes with nothing around them.
+Unless --free is given, this process runs on the first core and the echoing ones on the second. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ import argparse
 import json
 import multiprocessing as mp
 import os
+import queue
 import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
+import grpc
 import torch
 from torch import Tensor
 
@@ -52,6 +55,8 @@ HELLO = Hello(
     microbatches=1,
 )
 
+UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
 RoundTrip = Callable[[int], None]
 
 
@@ -75,6 +80,7 @@ def main() -> None:
             trips[kind], pids[kind] = stack.enter_context(transport(kind, flags.spin_us, cores))
         for name in ("unix socket", "tcp socket"):
             trips[name] = stack.enter_context(bare_socket(name, cores))
+        trips["bare gRPC"] = stack.enter_context(bare_grpc(cores))
         medians = measure(trips, flags.sizes, flags.rounds)
         idle = {kind: cpu_share(pid, flags.idle_s) for kind, pid in pids.items()}
     print_table(medians, flags.sizes)
@@ -233,6 +239,35 @@ def _echo_bytes(family: int, _: int, cores: list[int] | None, pipe: Connection) 
             sock.sendall(buffer[:size])
         except ConnectionError:
             return
+
+
+@contextmanager
+def bare_grpc(cores: list[int] | None) -> Iterator[RoundTrip]:
+    with echo_process(_echo_messages, "", 0, cores) as (address, _):
+        messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        with grpc.insecure_channel(str(address), options=UNLIMITED) as channel:
+            answers = channel.stream_stream("/bench/Echo")(iter(messages.get, None))
+            data = {size: bytes(size) for size in SIZES}
+
+            def trip(size: int) -> None:
+                messages.put(data[size])
+                next(answers)
+
+            yield trip
+            messages.put(None)
+
+
+class _Echo(grpc.GenericRpcHandler):  # type: ignore[misc]
+    def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        return grpc.stream_stream_rpc_method_handler(lambda messages, _context: messages)
+
+
+def _echo_messages(_what: str, _: int, cores: list[int] | None, pipe: Connection) -> None:
+    _settle(cores)
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[_Echo()], options=UNLIMITED)
+    pipe.send(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
+    server.start()
+    server.wait_for_termination()
 
 
 def _no_delay(sock: socket.socket) -> None:
