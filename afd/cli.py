@@ -1,4 +1,4 @@
-"""The command line: `afd serve`, `chat`, `status`, `trace` and `model`.
+"""The command line: `afd serve`, `chat`, `status`, `trace`, `bench` and `model`.
 
 Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
 """
@@ -108,6 +108,76 @@ def trace(
         command.summary(url, seconds, json)
     else:
         command.write(url, seconds, output)
+
+
+@app.command()
+def bench(
+    url: Annotated[str, typer.Option(help="Any server of OpenAI's API, with or without /v1.")] = DEFAULT_URL,
+    model: Annotated[Text, typer.Option(help="The first one of /v1/models unless said.")] = None,
+    endpoint: Annotated[str, typer.Option(help="completions or chat.")] = "completions",
+    api_key: Annotated[Text, typer.Option(help="Or OPENAI_API_KEY in the environment.")] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests in flight at a time (8 unless said).")] = None,
+    rate: Annotated[float | None, typer.Option(help="Requests per second; with --sweep, the first one tried.")] = None,
+    arrivals: Annotated[Text, typer.Option(help="constant, poisson or gamma.")] = None,
+    burstiness: Annotated[float, typer.Option(help="Of gamma: 1 is poisson, below it bursts.")] = 1.0,
+    ramp: Annotated[Text, typer.Option(help="FROM:TO:SECONDS, requests per second.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Find the highest rate that meets --slo.")] = False,
+    requests: Annotated[int | None, typer.Option(help="Send so many (100 unless said).")] = None,
+    duration: Annotated[float | None, typer.Option(help="Send for so many seconds.")] = None,
+    data: Annotated[str, typer.Option(help="random, prefix, sharegpt:FILE or trace:FILE.jsonl.")] = "random",
+    input_tokens: Annotated[str, typer.Option(help="128, or MIN:MAX.")] = "128",
+    output_tokens: Annotated[Text, typer.Option(help="128 unless said, or MIN:MAX; sharegpt: as on file.")] = None,
+    prefix_tokens: Annotated[int, typer.Option(help="Of each beginning that --data prefix shares.")] = 512,
+    prefixes: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    vocab: Annotated[int | None, typer.Option(help="Random token ids lie below it.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Answers have exactly the length asked for.")] = True,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0,
+    warmup: Annotated[str, typer.Option(help="10s, or so many requests.")] = "0",
+    slo: Annotated[Text, typer.Option(help="Like ttft=500ms,tpot=50ms,e2e=10s.")] = None,
+    slo_share: Annotated[float, typer.Option(help="Of requests that must meet it, for --sweep.")] = 0.9,
+    prices: Annotated[Text, typer.Option(help="attention=0.8,ffn=2.0 (USD/h), cards (H20), or total=4.")] = None,
+    cost_dtype: Annotated[str, typer.Option(help="bf16 or fp8, for the cost in theory.")] = "bf16",
+    model_path: Annotated[Text, typer.Option(help="The served model's files, for the cost in theory.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 600.0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A folder for the report.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="A last line of JSON.")] = False,
+) -> None:
+    """Loads a server and measures it: latencies, throughput, goodput, and what a token costs."""
+    from afd.commands import bench as command
+    from afd.loadtest.plan import Options
+
+    options = Options(
+        url=url,
+        model=model,
+        endpoint=endpoint,
+        api_key=api_key,
+        rate=rate,
+        arrivals=arrivals,
+        burstiness=burstiness,
+        concurrency=concurrency,
+        ramp=ramp,
+        sweep=sweep,
+        requests=requests,
+        duration=duration,
+        data=data,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        prefix_tokens=prefix_tokens,
+        prefixes=prefixes,
+        vocab=vocab,
+        ignore_eos=ignore_eos,
+        temperature=temperature,
+        seed=seed,
+        warmup=warmup,
+        slo=slo,
+        slo_share=slo_share,
+        prices=prices,
+        cost_dtype=cost_dtype,
+        model_path=model_path,
+        timeout=timeout,
+    )
+    command.bench(options, output, json)
 
 
 @model_app.command("prepare")

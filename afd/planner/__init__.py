@@ -1,0 +1,1 @@
+"""What hardware costs, and what a model costs on it."""
