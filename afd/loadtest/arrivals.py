@@ -31,7 +31,8 @@ class Ramp:
             ramp = Ramp(*map(float, text.split(":")))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"--ramp is {text!r}; it is FROM:TO:SECONDS, like 1:20:60") from error
-        if not (min(ramp.from_rate, ramp.to_rate) >= 0 < max(ramp.from_rate, ramp.to_rate) and 0 < ramp.seconds < 1e6):
+        rates = (ramp.from_rate, ramp.to_rate)
+        if not (all(0 <= rate < math.inf for rate in rates) and max(rates) > 0 and 0 < ramp.seconds < math.inf):
             raise ConfigError(f"--ramp is {text!r}; rates are 0 or more, one of them above 0, and SECONDS above 0")
         return ramp
 

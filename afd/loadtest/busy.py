@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -68,7 +69,7 @@ class Watch:
     """Takes samples of a server until it is stopped. A server that does not answer gives none."""
 
     def __init__(self, url: str, start_s: float) -> None:
-        """Samples' times count from `start_s` of the running loop's clock."""
+        """Samples' times count from `start_s` of time.monotonic."""
         self.samples = Samples()
         self._url = f"{url}/metrics"
         self._start_s = start_s
@@ -76,7 +77,6 @@ class Watch:
 
     async def run(self) -> None:
         """Ends after `stop`, with a last sample."""
-        clock = asyncio.get_running_loop().time
         async with httpx.AsyncClient(timeout=httpx.Timeout(10.0), trust_env=False) as session:
             while True:
                 stopping = self._stop.is_set()
@@ -85,7 +85,7 @@ class Watch:
                 except httpx.HTTPError:
                     answer = None
                 if answer is not None and answer.is_success and (counters := read(answer.text)):
-                    self.samples.taken.append((clock() - self._start_s, counters))
+                    self.samples.taken.append((time.monotonic() - self._start_s, counters))
                 if stopping:
                     return
                 try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import time
 from dataclasses import dataclass
 from typing import cast
 from urllib.parse import urlsplit
@@ -57,10 +58,9 @@ class Client:
     """Sends requests over as many connections as are in flight, and keeps them for the next ones."""
 
     def __init__(self, target: Target, start_s: float) -> None:
-        """Records' times count from `start_s` of the running loop's clock. Raises ConfigError for a bad URL or key."""
+        """Records' times count from `start_s` of time.monotonic. Raises ConfigError for a bad URL or key."""
         self.events = 0  # with text, over all answers so far
         self._target = target
-        self._loop = asyncio.get_running_loop()
         self._start_s = start_s
         self._idle: list[_Connection] = []
         self._all: set[_Connection] = set()
@@ -72,7 +72,7 @@ class Client:
         self._head = _head(target, where.netloc.rpartition("@")[2], where.path.rstrip("/"))
 
     def now_s(self) -> float:
-        return self._loop.time() - self._start_s
+        return time.monotonic() - self._start_s  # uvloop's own clock has milliseconds
 
     async def send(self, ask: Ask, record: Record) -> None:
         """One request and its whole answer, told in `record`, whatever happens."""
@@ -98,7 +98,7 @@ class Client:
     async def _exchange(self, content: bytes, record: Record) -> None:
         while True:
             connection, used = await self._connection()
-            timer = self._loop.call_later(self._target.timeout_s, connection.fail, TimeoutError())
+            timer = asyncio.get_running_loop().call_later(self._target.timeout_s, connection.fail, TimeoutError())
             try:
                 await connection.exchange(content, Answer(record))
                 return
@@ -120,8 +120,12 @@ class Client:
             connection = self._idle.pop()
             if connection.reusable:
                 return connection, True
-        opening = self._loop.create_connection(lambda: _Connection(self), self._host, self._port, ssl=self._tls)
-        _, connection = await asyncio.wait_for(opening, CONNECT_S)
+        loop = asyncio.get_running_loop()
+        opening = loop.create_connection(lambda: _Connection(self), self._host, self._port, ssl=self._tls)
+        try:
+            _, connection = await asyncio.wait_for(opening, CONNECT_S)
+        except (TimeoutError, asyncio.TimeoutError) as error:
+            raise ConnectionError(f"no connection within {CONNECT_S:g} s") from error
         return connection, False
 
     def opened(self, connection: _Connection) -> None:

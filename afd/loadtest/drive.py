@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,8 +46,7 @@ class Driver:
         """Raises ConfigError for a target that cannot be."""
         self.run = Run(load.concurrency if load.due_s is None else 0)
         self.in_flight = 0
-        self._loop = asyncio.get_running_loop()
-        self._client = Client(target, self._loop.time())
+        self._client = Client(target, time.monotonic())
         self._asks = asks
         self._load = load
         self._tasks: set[asyncio.Task[object]] = set()

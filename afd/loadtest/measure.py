@@ -63,8 +63,8 @@ class Measured:
     counted: int
     run_s: float
     window: Window
-    requests_per_s: float  # answers that ended
-    input_tokens_per_s: float  # of prompts whose first token came
+    requests_per_s: float  # each counts as the part of its time that lies in the window
+    input_tokens_per_s: float  # and so do its prompt's tokens
     output_tokens_per_s: float
     input_tokens: float  # mean of the counted requests
     output_tokens: float
@@ -92,8 +92,8 @@ def measure(run: Run, window: Window, slo: Slo | None) -> Measured:
         counted=len(counted),
         run_s=max((record.end_s for record in records), default=0.0),
         window=window,
-        requests_per_s=_rate(sum(r.ok and window.holds(r.end_s) for r in records), window),
-        input_tokens_per_s=_rate(sum(r.input_tokens for r in records if r.times and window.holds(r.times[0])), window),
+        requests_per_s=_rate(sum(_part(r, window) for r in records if r.ok), window),
+        input_tokens_per_s=_rate(sum(r.input_tokens * _part(r, window) for r in records if r.ok), window),
         output_tokens_per_s=output_rate(records, window),
         input_tokens=_mean(r.input_tokens for r in good),
         output_tokens=_mean(r.output_tokens for r in good),
@@ -132,7 +132,7 @@ def _goodput(counted: Sequence[Record], window: Window, slo: Slo) -> Goodput:
     return Goodput(
         str(slo),
         len(met) / len(counted) if counted else 0.0,
-        _rate(sum(window.holds(record.end_s) for record in met), window),
+        _rate(sum(_part(record, window) for record in met), window),
         output_rate(met, window),
     )
 
@@ -148,6 +148,11 @@ def _errors(records: Sequence[Record]) -> dict[str, Errors]:
 
 def _overlap(record: Record, window: Window) -> float:
     return max(0.0, min(record.end_s, window.end_s) - max(record.sent_s, window.start_s))
+
+
+def _part(record: Record, window: Window) -> float:
+    """Of the request's time, the share that lies in the window."""
+    return _overlap(record, window) / record.e2e_s if record.e2e_s > 0 else 0.0
 
 
 def _rate(amount: float, window: Window) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Outcome:
 async def once(plan: Plan, load: Load, *, watch: bool, tell: Tell) -> Outcome:
     """Runs `load`. `tell` is called now and then. Ctrl-C ends it early, with figures so far."""
     driver = Driver(plan.target, plan.asks(), load)
-    watcher = Watch(plan.target.url, asyncio.get_running_loop().time() - driver.now_s)
+    watcher = Watch(plan.target.url, time.monotonic() - driver.now_s)
     aside = [asyncio.create_task(_telling(driver, tell))]
     watching = asyncio.create_task(watcher.run()) if watch else None
     try:

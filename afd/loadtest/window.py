@@ -85,7 +85,7 @@ def find(run: Run, warm_up: WarmUp) -> Window:
 def _closed(run: Run, ends: list[float]) -> tuple[float, float]:
     first_tokens = sorted(record.times[0] for record in run.records if record.times)
     begin_s = first_tokens[run.concurrency - 1] if len(first_tokens) >= run.concurrency else math.inf
-    return begin_s, next((end_s for end_s in ends if end_s >= run.sent_all_s), 0.0)
+    return begin_s, next((end_s for end_s in ends if end_s > run.sent_all_s), 0.0)
 
 
 def _open(run: Run) -> tuple[float, float]:

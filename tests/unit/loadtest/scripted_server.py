@@ -25,7 +25,7 @@ class Script:
     keep_alive: bool = True
     whole: bool = False  # one JSON, no stream
     pieces: int = 0  # bytes written at a time; 0: events as they are
-    get: dict[str, str] = field(default_factory=dict)  # path: body
+    get: dict[str, Callable[[], str]] = field(default_factory=dict)  # path: what gives the body
     bodies: list[dict[str, object]] = field(default_factory=list)
     connections: int = 0
 
@@ -40,10 +40,12 @@ class _Server:
 
     async def connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._script.connections += 1
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while await self._exchange(reader, writer):
-                pass
-        writer.close()
+        try:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                while await self._exchange(reader, writer):
+                    pass
+        finally:
+            writer.close()
 
     async def _exchange(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
@@ -51,7 +53,7 @@ class _Server:
         script = self._script
         if method == "get":
             body = script.get.get(path)
-            self._plain(writer, 200 if body is not None else 404, body or "nothing here")
+            self._plain(writer, 200 if body else 404, body() if body else "nothing here")
             return True
         length = int(head.split("content-length: ")[1].split("\r\n")[0])
         script.bodies.append(json.loads(await reader.readexactly(length)))
@@ -119,6 +121,7 @@ def serving(script: Script) -> Iterator[str]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        await asyncio.sleep(0)  # closed connections are told so in the loop's next round
 
     server = asyncio.run_coroutine_threadsafe(start(), loop).result(10)
     try:
@@ -132,6 +135,6 @@ def serving(script: Script) -> Iterator[str]:
 
 if __name__ == "__main__":  # a process of its own: the seconds between two tokens, as argument
     models = json.dumps({"data": [{"id": "scripted"}]})
-    with serving(Script(step_s=float(sys.argv[1]), get={"/v1/models": models})) as url:
+    with serving(Script(step_s=float(sys.argv[1]), get={"/v1/models": lambda: models})) as url:
         print(url, flush=True)
         sys.stdin.read()
