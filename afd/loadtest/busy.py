@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 
 import httpx
 
+from afd.loadtest.client import Target
 from afd.loadtest.prices import Worker
 from afd.pipeline.timeline import WAITING
 
 EVERY_S = 1.0
+_SILENCE_S = 10.0
 _LINE = re.compile(r"^afd_activity_seconds_total\{([^}]*)\} (\S+)", re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="([^"]*)"')
 _IDLE = frozenset(activity.label for activity in WAITING)
@@ -68,20 +70,22 @@ class Samples:
 class Watch:
     """Takes samples of a server until it is stopped. A server that does not answer gives none."""
 
-    def __init__(self, url: str, start_s: float) -> None:
+    def __init__(self, target: Target, start_s: float) -> None:
         """Samples' times count from `start_s` of time.monotonic."""
         self.samples = Samples()
-        self._url = f"{url}/metrics"
+        self._target = target
         self._start_s = start_s
         self._stop = asyncio.Event()
 
     async def run(self) -> None:
         """Ends after `stop`, with a last sample."""
-        async with httpx.AsyncClient(timeout=httpx.Timeout(10.0), trust_env=False) as session:
+        key = self._target.api_key
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        async with httpx.AsyncClient(headers=headers, timeout=_SILENCE_S, trust_env=False) as session:
             while True:
                 stopping = self._stop.is_set()
                 try:
-                    answer = await session.get(self._url)
+                    answer = await session.get(f"{self._target.url}/metrics")
                 except httpx.HTTPError:
                     answer = None
                 if answer is not None and answer.is_success and (counters := read(answer.text)):

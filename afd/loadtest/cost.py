@@ -1,4 +1,7 @@
-"""What output tokens cost: the workers' price while they computed and while they waited, beside the least possible."""
+"""What output tokens cost: the workers' price while they computed and while they waited, beside the least possible.
+
+Measured is everything the server does in the window, prompts included; in theory only decoding costs anything.
+"""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Measured:
 def measure(run: Run, window: Window, slo: Slo | None) -> Measured:
     """Of a run that is over."""
     records = run.records
-    counted = window.counted(records)
+    counted = [record for record in window.counted(records) if record.status != CANCELLED]
     good = [record for record in counted if record.ok]
     tokens = sum(record.output_tokens for record in good)
     return Measured(

@@ -153,6 +153,10 @@ def plan(options: Options) -> Plan:
         ways.append("--rate")
     if len(ways) > 1:
         raise ConfigError(f"{' and '.join(ways)} do not go together; a load arrives in one way")
+    if o.arrivals is not None and not (o.sweep or o.ramp or o.rate is not None):
+        raise ConfigError(f"--arrivals is {o.arrivals!r}, which is for loads with a rate: --rate, --ramp or --sweep")
+    if o.burstiness != 1.0 and o.arrivals not in (None, "gamma"):
+        raise ConfigError(f"--burstiness is {o.burstiness:g}, which is for --arrivals gamma, not {o.arrivals}")
     if o.sweep and o.slo is None:
         raise ConfigError("--sweep looks for the highest rate that meets the objectives; say them with --slo")
     if o.cost_dtype not in _DTYPES:

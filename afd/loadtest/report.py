@@ -104,7 +104,7 @@ def _cdfs(result: Result) -> str:
         ]
         chart = svg.chart([Series(name, points, colour)], f"{name}, ms", "% of values", marks=marks, y_most=100)
         drawn.append(_figure(name, chart))
-    return f'<div class="charts">{"".join(drawn)}</div>'
+    return f'<div class="charts wide">{"".join(drawn)}</div>'
 
 
 def _cost(result: Result) -> str:

@@ -22,43 +22,46 @@ Tell = Callable[[Driver], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A run and what it adds up to. `samples` are empty where the server does not say what its workers do."""
+    """A run and what it adds up to. `samples` are empty where the server does not say what its workers do; `stopped`:
+    Ctrl-C ended it early."""
 
     run: Run
     measured: Measured
     samples: Samples
+    stopped: bool
 
 
 async def once(plan: Plan, load: Load, *, watch: bool, tell: Tell) -> Outcome:
     """Runs `load`. `tell` is called now and then. Ctrl-C ends it early, with figures so far."""
     driver = Driver(plan.target, plan.asks(), load)
-    watcher = Watch(plan.target.url, time.monotonic() - driver.now_s)
-    aside = [asyncio.create_task(_telling(driver, tell))]
-    watching = asyncio.create_task(watcher.run()) if watch else None
+    watcher = Watch(plan.target, time.monotonic() - driver.now_s)
+    telling = asyncio.create_task(_telling(driver, tell))
+    watching = [asyncio.create_task(watcher.run())] if watch else []
     try:
-        with _interrupt(driver.stop):
+        with _interrupt(driver.stop) as stopped:
             run = await driver.drive()
-        if watching is not None:
-            watcher.stop()
-            await watching
+        watcher.stop()
+        await asyncio.gather(*watching)
     finally:
-        for task in (*aside, *([watching] if watching else [])):
+        for task in (telling, *watching):
             task.cancel()
-        await asyncio.gather(*aside, return_exceptions=True)
-        tell(driver)
-    found = window.find(run, plan.warm_up)
-    return Outcome(run, measure.measure(run, found, plan.slo), watcher.samples)
+        await asyncio.gather(telling, *watching, return_exceptions=True)
+    tell(driver)
+    measured = measure.measure(run, window.find(run, plan.warm_up), plan.slo)
+    return Outcome(run, measured, watcher.samples, stopped.is_set())
 
 
 async def search(
     plan: Plan, *, watch: bool, tell: Tell, tried: Callable[[sweep.Probe], None]
 ) -> tuple[sweep.Found, Outcome]:
     """Sweeps; the outcome is that of the highest rate that meets the objectives, or of the last tried where none does.
-    `tried` is told of every rate."""
+    `tried` is told of every rate. Raises KeyboardInterrupt at Ctrl-C."""
     outcomes: dict[float, Outcome] = {}
 
     async def probe(rate: float) -> sweep.Probe:
         outcomes[rate] = outcome = await once(plan, plan.load(rate), watch=watch, tell=tell)
+        if outcome.stopped:
+            raise KeyboardInterrupt
         goodput = outcome.measured.goodput
         assert goodput is not None, "a sweep without objectives"
         result = sweep.Probe(rate, goodput.share, goodput.share >= plan.options.slo_share)
@@ -76,10 +79,16 @@ async def _telling(driver: Driver, tell: Tell) -> None:
 
 
 @contextmanager
-def _interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, stop)
+def _interrupt(stop: Callable[[], None]) -> Iterator[asyncio.Event]:
+    """Ctrl-C calls `stop`; the event says that it did."""
+    loop, pressed = asyncio.get_running_loop(), asyncio.Event()
+
+    def end() -> None:
+        pressed.set()
+        stop()
+
+    loop.add_signal_handler(signal.SIGINT, end)
     try:
-        yield
+        yield pressed
     finally:
         loop.remove_signal_handler(signal.SIGINT)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_WIDTH, _HEIGHT = 560, 230
+_WIDTH, _HEIGHT = 440, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 38
 
 Point = tuple[float, float]
@@ -40,11 +40,12 @@ def chart(
     marks: Sequence[Mark] = (),
     y_most: float | None = None,
 ) -> str:
-    """Axes from 0 to the largest value. `shade`: a stretch of x that is set off."""
+    """Axes from 0 to the largest value; nothing is negative. `shade`: a stretch of x that is set off."""
     xs = [x for s in series for x, _ in s.points] + [mark.at for mark in marks]
-    x_ticks = ticks(max(xs, default=1.0))
+    x_most = max(xs, default=0.0) or 1.0
+    x_ticks = [tick for tick in ticks(x_most) if tick <= x_most]
     y_ticks = ticks(y_most or max((y for s in series for _, y in s.points), default=1.0))
-    frame = _Frame(x_ticks[-1], y_ticks[-1])
+    frame = _Frame(x_most, y_ticks[-1])
     parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(y_name)} over {escape(x_name)}">']
     if shade is not None:
         x0, x1 = frame.x(shade[0]), frame.x(shade[1])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.system.serving import AFD, until
 from tests.unit.loadtest.scripted_server import Script, serving
 from tests.unit.test_cli import Capture, Monkey, afd
 
@@ -77,6 +79,17 @@ def test_a_trace_is_sent_at_its_times(tmp_path: Path, monkeypatch: Monkey) -> No
     assert [len(body["prompt"]) for body in answering.bodies] == [6, 5, 4]  # type: ignore[arg-type]
 
 
+def test_ctrl_c_ends_a_run_with_the_figures_so_far() -> None:
+    with serving(answering := script()) as url:
+        command = [AFD, "bench", "--url", url, "--duration", "60", "--output-tokens", "3", "--json"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        until(lambda: answering.bodies, 30.0)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert json.loads(out.splitlines()[-1])["sent"] > 0
+
+
 def test_a_sweep_tells_every_rate_it_tried(monkeypatch: Monkey, capsys: Capture) -> None:
     """The server refuses every request after the tenth of a probe's first thirty: no rate stays within."""
     with serving(script(status=lambda number: 200 if number < 40 else 429)) as url:
@@ -99,6 +112,8 @@ def test_a_sweep_tells_every_rate_it_tried(monkeypatch: Monkey, capsys: Capture)
         (["--sweep"], "say them with --slo"),
         (["--rate", "-1"], "--rate is -1"),
         (["--rate", "5", "--arrivals", "uniform"], "--arrivals is 'uniform'"),
+        (["--arrivals", "poisson"], "for loads with a rate"),
+        (["--rate", "5", "--arrivals", "poisson", "--burstiness", "2"], "which is for --arrivals gamma"),
         (["--requests", "0"], "--requests is 0"),
         (["--data", "wikipedia"], "--data is 'wikipedia'"),
         (["--data", "trace:/no/such.jsonl"], "cannot read /no/such.jsonl"),
