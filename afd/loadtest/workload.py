@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -73,9 +73,6 @@ class Writer:
             return f"{start} {words}" if start else words
         ids = rng.choices(self._ids, k=tokens)
         return [*start, *ids] if isinstance(start, list) else ids
-
-
-Workload = Callable[[], Iterator[Ask]]
 
 
 def random_lengths(writer: Writer, inputs: Lengths, outputs: Lengths, seed: int) -> Iterator[Ask]:

@@ -44,8 +44,7 @@ def theirs(url: str) -> tuple[float, float]:
 @pytest.mark.smollm2
 def test_it_agrees_with_an_independent_client_and_splits_what_a_token_costs() -> None:
     """The two take turns on one server, so that a spell of noise meets both; the median of their ratios is compared."""
-    arguments = ("--backend", "local", "--dtype", "bf16", "--transport", "shm")
-    with serving("smollm2", *arguments) as server:
+    with serving("smollm2", "--backend", "local", "--dtype", "bf16") as server:
         ours(server.url)  # warms up
         pairs = [(ours(server.url), theirs(server.url)) for _ in range(ROUNDS)]
         found = bench(server.url, "--duration", "4", "--output-tokens", "64", "--prices", "attention=H20,ffn=H800")

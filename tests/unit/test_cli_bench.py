@@ -91,7 +91,7 @@ def test_ctrl_c_ends_a_run_with_the_figures_so_far() -> None:
 
 
 def test_a_sweep_tells_every_rate_it_tried(monkeypatch: Monkey, capsys: Capture) -> None:
-    """The server refuses every request after the tenth of a probe's first thirty: no rate stays within."""
+    """The server answers its first forty requests, which are two probes."""
     with serving(script(status=lambda number: 200 if number < 40 else 429)) as url:
         arguments = ["--sweep", "--slo", "ttft=10s", "--rate", "400", "--requests", "20", "--output-tokens", "2"]
         assert afd(monkeypatch, "bench", "--url", url, *arguments, "--json") == 0
