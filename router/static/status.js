@@ -1,7 +1,7 @@
 // The page itself: asks the server once a second while it is looked at, and shows what it says.
 
 const POLL_MS = 1000, TIMEOUT_MS = 5000;
-const LATENCY_S = 10, LOOKS = 5, SPARKS = 120; // how far latencies, shares and the curve look back
+const LATENCY_S = 10, LOOKS = 5, SPARKS = 60; // how far latencies, shares and the curve look back
 
 const byId = (id) => document.getElementById(id);
 const strip = new Strip(byId("strip"), byId("pointed"));
@@ -105,7 +105,7 @@ function showFigures(now) {
   setValue("running", whole(sum(statuses.map((s) => s.running))));
   byId("waiting").textContent = whole(sum(statuses.map((s) => s.waiting)));
   const queued = sum(statuses.map((s) => s.waiting_tokens ?? 0));
-  byId("queued").textContent = queued ? `${whole(queued)} prompt tokens to compute` : "";
+  byId("queued").textContent = queued ? `${whole(queued)} prompt tokens queued` : "";
   const old = answers.find((answer) => now.at_s - answer.at_s <= LATENCY_S + 0.5) ?? now;
   for (const [id, name] of [["ttft", "time_to_first_token"], ["itl", "inter_token_latency"]]) {
     setValue(`${id}50`, ...duration(quantile(old.counted[name], now.counted[name], 0.5)));
@@ -160,13 +160,14 @@ function tell(state, kind, problems) {
 }
 
 function show(now) {
-  if (answers.length && answers.at(-1).epoch !== now.epoch) answers = rates = [];
-  if (answers.at(-1)?.at_s !== now.at_s) answers = [...answers, now].slice(-2 * LATENCY_S);
-  document.title = `${now.model} – afd`;
-  byId("what").textContent = `${now.model} as ${now.topology}, run ${now.epoch}`;
   const idle = now.workers.some((w) => w.state === "ready") ? now.timeline_problem : "";
   const lost = now.workers.filter((w) => w.state === "lost").map((w) => w.message);
   tell(now.problem ? "cannot serve" : "serving", now.problem ? "bad" : "good", [...new Set([now.problem, ...lost, idle])].filter(Boolean));
+  if (answers.at(-1)?.at_s === now.at_s) return; // somebody else's answer, shared
+  if (answers.length && answers.at(-1).epoch !== now.epoch) answers = rates = [];
+  answers = [...answers, now].slice(-2 * LATENCY_S);
+  document.title = `${now.model} – afd`;
+  byId("what").textContent = `${now.model} as ${now.topology}, run ${now.epoch}`;
   showFigures(now);
   showWorkers(now);
   showTime(now);

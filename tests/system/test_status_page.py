@@ -18,8 +18,6 @@ from tests import tiny
 from tests.system import chromium
 from tests.system.serving import AFD, Serving, serving, until
 
-pytestmark = pytest.mark.chromium
-
 WORKERS = ("attention 0", "ffn 0", "ffn 1")
 GENERATED = "Number(document.getElementById('generated').textContent.replaceAll(',', ''))"
 # Whether the lanes have more colours than those of their ground, the axis and the text.
@@ -85,6 +83,7 @@ def generated(server: Serving) -> int:
     return int(server.worker("attention")["status"]["generated_tokens"])
 
 
+@pytest.mark.chromium
 def test_the_page_shows_what_the_server_does_and_asks_nobody_else(server: Serving, page: chromium.Page) -> None:
     page.open(server.url)
     page.until(f"document.querySelectorAll('[data-worker]').length === {len(WORKERS)}")
@@ -115,6 +114,7 @@ def test_the_page_shows_what_the_server_does_and_asks_nobody_else(server: Servin
     assert hosts == {urlsplit(server.url).netloc}
 
 
+@pytest.mark.chromium
 def test_the_page_asks_only_while_it_is_looked_at(server: Serving, page: chromium.Page) -> None:
     def asked() -> int:
         return sum(url.endswith("/status/pipeline") for url in page.requested)
@@ -135,6 +135,7 @@ def test_the_page_asks_only_while_it_is_looked_at(server: Serving, page: chromiu
     until(lambda: asked() > before)
 
 
+@pytest.mark.chromium
 def test_a_lost_worker_and_a_lost_server_are_told(model: Path, page: chromium.Page) -> None:
     with serve(model) as server:
         page.open(server.url)
@@ -148,3 +149,15 @@ def test_a_lost_worker_and_a_lost_server_are_told(model: Path, page: chromium.Pa
         server.stop()
         page.until("document.getElementById('state').textContent === 'no answer'")
         assert "what is below is old" in page.text()
+
+
+def test_a_missing_chromium_skips_these_tests_and_fails_them_where_it_is_required(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv(chromium.REQUIRED, raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no chromium"):
+        chromium.executable()
+    monkeypatch.setenv(chromium.REQUIRED, "1")
+    with pytest.raises(pytest.fail.Exception, match=f"{chromium.REQUIRED}=1"):
+        chromium.executable()
