@@ -51,4 +51,4 @@ def _digest(text: str) -> str:
 
 
 def _read(name: str) -> str:
-    return resources.files("router").joinpath("static", name).read_text(encoding="utf-8")
+    return (resources.files("router") / "static" / name).read_text(encoding="utf-8")
