@@ -2,6 +2,7 @@
 
 const POLL_MS = 1000, TIMEOUT_MS = 5000;
 const LATENCY_S = 10, LOOKS = 5, SPARKS = 60; // how far latencies, shares and the curve look back
+const KEY = "afd-api-key"; // in the tab's storage
 
 const byId = (id) => document.getElementById(id);
 const strip = new Strip(byId("strip"), byId("pointed"));
@@ -174,15 +175,17 @@ function show(now) {
 }
 
 async function ask() {
-  let answer;
+  let answer, response;
+  const key = sessionStorage.getItem(KEY), headers = key ? { Authorization: `Bearer ${key}` } : {};
   try {
-    const response = await fetch("status/pipeline", { signal: AbortSignal.timeout(TIMEOUT_MS), cache: "no-store" });
+    response = await fetch("status/pipeline", { signal: AbortSignal.timeout(TIMEOUT_MS), cache: "no-store", headers });
+    byId("keyform").hidden = response.status !== 401;
     answer = await response.json();
     if (!response.ok) throw new Error(answer.error?.message ?? `HTTP ${response.status}`);
   } catch (error) {
     document.body.classList.add("stale");
     const why = error.name === "TypeError" || error.name === "TimeoutError" ? "nothing answers" : error.message;
-    tell("no answer", "bad", [`${location.host}: ${why}; what is below is old. Trying again.`]);
+    tell(response ? "refused" : "no answer", "bad", [`${location.host}: ${why}; trying again, and what is below is old.`]);
     return;
   }
   document.body.classList.remove("stale");
@@ -200,6 +203,10 @@ async function poll() {
   polling = false;
 }
 
+byId("keyform").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem(KEY, byId("key").value.trim());
+});
 byId("zoom").addEventListener("click", ({ target }) => {
   if (target.value === undefined || target.tagName !== "BUTTON") return;
   for (const button of byId("zoom").children) button.setAttribute("aria-pressed", button === target);

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
+from router.page import Page
 from tests import tiny
 from tests.system import chromium
 from tests.system.serving import AFD, Serving, serving, until
@@ -149,6 +152,43 @@ def test_a_lost_worker_and_a_lost_server_are_told(model: Path, page: chromium.Pa
         server.stop()
         page.until("document.getElementById('state').textContent === 'no answer'")
         assert "what is below is old" in page.text()
+
+
+class Keyed(BaseHTTPRequestHandler):
+    """A server that shows the page to everybody and its figures to who has the key."""
+
+    def do_GET(self) -> None:
+        page = asyncio.run(Page().show())
+        if self.path == "/":
+            self.answer(200, bytes(page.body), dict(page.headers))
+        elif self.headers["Authorization"] == "Bearer right":
+            self.answer(503, b'{"error": {"message": "no figures yet"}}', {})
+        else:
+            self.answer(401, b'{"error": {"message": "this server wants an API key"}}', {})
+
+    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"content-length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.mark.chromium
+def test_the_page_asks_for_a_key_where_the_server_wants_one(page: chromium.Page) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Keyed) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page.open(f"http://127.0.0.1:{server.server_port}/")
+        page.until("!document.getElementById('keyform').hidden")
+        assert "this server wants an API key" in page.text()
+        page.value("document.getElementById('key').value = 'right'")
+        page.value("document.getElementById('keyform').requestSubmit()")
+        page.until("document.getElementById('keyform').hidden")
+        page.until("document.body.innerText.includes('no figures yet')")
+        server.shutdown()
 
 
 def test_a_missing_chromium_skips_these_tests_and_fails_them_where_it_is_required(
