@@ -16,7 +16,7 @@ from router.gateway import Gateway
 
 Json = dict[str, object]
 
-# A look at the timelines costs this process some 8 us an event, and the tokens of others wait for the interpreter.
+# A look at the timelines costs this process some 7 us an event, and the tokens of others wait for the interpreter.
 WINDOW_S = 0.2
 MAX_EVENTS = 2_000  # over all workers; where they make more in WINDOW_S, the window is shorter
 LOOK_S = 1.0  # longest wait for the timelines; the rest is told without them
