@@ -1,4 +1,4 @@
-"""The command line: `afd serve`, `chat`, `status`, `trace`, `bench` and `model`.
+"""The command line: `afd serve`, `chat`, `status`, `top`, `trace`, `bench` and `model`.
 
 Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
 """
@@ -91,6 +91,18 @@ def status(json: Annotated[bool, typer.Option("--json", help="As JSON.")] = Fals
     from afd.commands import status as command
 
     command.status(url, json)
+
+
+@app.command()
+def top(
+    url: Url = DEFAULT_URL,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print what one interval gave, and end.")] = False,
+) -> None:
+    """Watches a running server: its workers, how busy each side is, and what it waits for."""
+    from afd.commands import top as command
+
+    command.top(url, interval, once)
 
 
 @app.command()

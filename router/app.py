@@ -21,6 +21,8 @@ from router import errors
 from router.debug import Debug, Timelines, nobody
 from router.gateway import Gateway
 from router.generation import KeepServerSend
+from router.live import Live
+from router.page import Page
 from router.settings import RouterSettings
 
 __all__ = ["RouterSettings", "Server", "bind", "create_app"]
@@ -57,7 +59,9 @@ def create_app(settings: RouterSettings, watch: Callable[[], ClusterView], timel
     app.add_api_route("/health", gateway.health, methods=["GET"])
     app.add_api_route("/metrics", gateway.metrics, methods=["GET"])
     app.add_api_route("/status", gateway.status, methods=["GET"])
+    app.add_api_route("/status/pipeline", Live(gateway, timelines).pipeline, methods=["GET"])
     app.add_api_route("/debug/timeline", Debug(timelines).timeline, methods=["GET"])
+    app.add_api_route("/", Page().show, methods=["GET"], include_in_schema=False)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _failed)

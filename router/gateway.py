@@ -95,6 +95,10 @@ class Gateway:
 
     async def status(self) -> Response:
         """The cluster as this router sees it; what `afd status` prints."""
+        return _json(await self.seen())
+
+    async def seen(self) -> Json:
+        """What `status` answers."""
         await self.pool.refresh()
         view = self.pool.view
         statuses = {member.worker.rank: member.status for member in self.pool.members}
@@ -106,7 +110,11 @@ class Gateway:
             del seen["totals"], seen["counters"]
             workers.append(seen | {"status": counters if status is None else asdict(status)})
         head = {"epoch": view.epoch, "model": view.model, "topology": view.topology, "problem": self.problem}
-        return _json(head | {"workers": workers})
+        return head | {"workers": workers}
+
+    def counted(self) -> Json:
+        """What this router has counted since it started, for those who watch it change."""
+        return self._metrics.counted()
 
     async def _generate(self, request: Request, job_id: str, prepare: _Prepare) -> Response:
         try:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import TypedDict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.registry import Collector
 
 from afd.rpc.convert import AttentionStatus
 from afd.types import WorkerView
@@ -13,6 +16,13 @@ from router.worker_metrics import WorkerMetrics
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
 _LONG_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0, 120.0, 240.0, 480.0)
+
+
+class Buckets(TypedDict):
+    """A histogram: counts[i] values were at most bounds_s[i], which is None for the last: all of them."""
+
+    bounds_s: list[float | None]
+    counts: list[float]
 
 
 class Metrics:
@@ -61,6 +71,14 @@ class Metrics:
         self._success.labels(reason).inc()
         self._e2e.observe(seconds)
 
+    def counted(self) -> dict[str, object]:
+        """Since the start, as JSON knows it: tokens, and latencies as `Buckets`."""
+        return {
+            "generated_tokens": self.generation_tokens.value,
+            "time_to_first_token": _buckets(self.time_to_first_token),
+            "inter_token_latency": _buckets(self.inter_token_latency),
+        }
+
     def render(self, statuses: Iterable[AttentionStatus], workers: Sequence[WorkerView] = ()) -> bytes:
         """The text format. Gauges of workers are set from `statuses`, what their timelines add up to from `workers`;
         workers that are gone disappear."""
@@ -71,3 +89,12 @@ class Metrics:
             for field, gauge in self._by_worker.items():
                 gauge.labels(str(status.attention_rank)).set(getattr(status, field))
         return generate_latest(self._registry)
+
+
+def _buckets(histogram: Collector) -> Buckets:
+    samples = [s for family in histogram.collect() for s in family.samples if s.name.endswith("_bucket")]
+    bounds = [float(sample.labels["le"]) for sample in samples]
+    return {
+        "bounds_s": [bound if math.isfinite(bound) else None for bound in bounds],
+        "counts": [sample.value for sample in samples],
+    }

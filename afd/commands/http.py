@@ -15,16 +15,16 @@ SILENCE_S = 300.0  # longest wait for the next byte: a prompt may queue behind o
 
 
 @contextmanager
-def client(url: str) -> Iterator[httpx.Client]:
+def client(url: str, silence_s: float = SILENCE_S) -> Iterator[httpx.Client]:
     """A client for the router at `url`. Inside, httpx errors become Unavailable."""
-    timeout = httpx.Timeout(SILENCE_S, connect=CONNECT_S)
+    timeout = httpx.Timeout(silence_s, connect=CONNECT_S)
     try:
         with httpx.Client(base_url=url, timeout=timeout) as session:
             yield session
     except httpx.ConnectError as error:
         raise Unavailable(f"nothing answers at {url}; start `afd serve`, or say where with --url") from error
     except httpx.TimeoutException as error:
-        raise Unavailable(f"{url} did not answer within {SILENCE_S:g} s") from error
+        raise Unavailable(f"{url} did not answer within {silence_s:g} s") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Unavailable(f"{url}: {error}") from error
 
