@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -19,6 +20,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 # Ray reads these while it is imported. Its own defaults report usage over the network, colour and merge log lines, give
@@ -58,9 +60,12 @@ from afd.types import ClusterView
 
 log = logging.getLogger(__name__)
 
+_RAY_ERRORS = (RayError, ConnectionError, RuntimeError, OSError, ValueError)  # of ray.init
+
 CALLS_AT_ONCE = 8  # start or stop may take long; status must get through meanwhile
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; calls here are a few hundred bytes
 END_S = 3.0  # for a killed actor to be gone
+STARTS = 2  # of a Ray of our own: now and then one of its processes hangs while it starts
 ASK_S = 10.0  # longest wait for the controller's answer
 WATCH_S = 0.2  # how often the controller is asked for the view
 
@@ -226,24 +231,60 @@ def session(deployment: Deployment) -> Iterator[None]:
     """Ray, initialised for this process: the cluster at RAY_ADDRESS, or one that lives as long as the block and is big
     enough for `deployment`. Raises ClusterError as `cluster` does."""
     address = os.environ.get("RAY_ADDRESS", "")
-    # A short path: Ray puts sockets deep below it, and the kernel takes 107 characters.
-    folder = "" if address else tempfile.mkdtemp(prefix="afd-ray-", dir="/tmp")
-    try:
-        try:
-            _join(address) if address else _start(deployment, folder)
-        except (RayError, ConnectionError, RuntimeError, OSError, ValueError) as error:
-            what = f"the Ray cluster at RAY_ADDRESS={address} cannot be joined" if address else "Ray cannot start"
-            raise ClusterError(f"{what}: {' '.join(str(error).split())[:300]}") from error
+    with _joined(address) if address else _own(deployment):
         short = shortage(deployment, ray.cluster_resources())
         if short and not address:
             raise ClusterError(short)
         if short:
             log.warning("%s; waiting for the Ray cluster to grow, for at most cluster.start_s", short)
         yield
+
+
+@contextmanager
+def _joined(address: str) -> Iterator[None]:
+    try:
+        _join(address)
+    except _RAY_ERRORS as error:
+        raise ClusterError(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {_short(error)}") from error
+    try:
+        yield
     finally:
         ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _own(deployment: Deployment) -> Iterator[None]:
+    folder = ""
+    for tries_left in reversed(range(STARTS)):
+        folder = tempfile.mkdtemp(prefix="afd-ray-", dir="/tmp")  # short: sockets lie deep below, with 107 characters
+        try:
+            _start(deployment, folder)
+            break
+        except _RAY_ERRORS as error:
+            _sweep(folder)
+            if not tries_left:
+                raise ClusterError(f"Ray cannot start: {_short(error)}") from error
+            log.warning("Ray did not start, and is started again: %s", _short(error))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(folder: str) -> None:
+    """Ends what a start that failed has left: Ray itself forgets the processes of a node that it could not complete."""
+    ray.shutdown()
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if os.fsencode(folder) in entry.read_bytes():
+                os.kill(pid := int(entry.parent.name), signal.SIGKILL)
+                os.waitpid(pid, 0)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _start(deployment: Deployment, folder: str) -> None:
