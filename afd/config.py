@@ -47,6 +47,7 @@ class AttentionSection(_Section):
     kv_cache_gib: Gib | Literal["auto"] = "auto"
     max_batch_tokens: int = Field(512, ge=1, le=65536)
     tpot_target_ms: Annotated[float, Field(gt=0)] | None = None  # prompts' chunks shrink to keep others' steps below it
+    prefix_cache: bool = True  # prompts that begin alike share the KV of what they have in common
     max_running: int = Field(256, ge=1)  # requests that hold KV blocks
     max_waiting: int = Field(4096, ge=1)  # requests in the queue; past it a request is refused
     max_context: Count | Literal["auto"] = "auto"  # tokens, prompt and answer; auto: the model's own
