@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from afd.errors import ConfigError
 from afd.topology import Sharding, Topology
 
+PolicyName = Literal["prefix", "least_loaded", "round_robin", "session"]
 TransportKind = Literal["auto", "shm", "grpc", "inproc", "collective"]
 
 
@@ -102,6 +103,11 @@ class RouterSection(_Section):
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
     drain_s: float = Field(5.0, ge=0)  # how long in-flight requests may finish on shutdown
+    policy: PolicyName = "prefix"  # how an attention worker is chosen (router.policy)
+    max_queue: int = Field(1024, ge=1)  # requests without a first token yet, over all workers; past it: HTTP 429
+    request_timeout_s: Annotated[float, Field(gt=0)] | None = (
+        None  # longest a request may take; clients may ask for less
+    )
 
 
 class Deployment(_Section):

@@ -1,4 +1,4 @@
-"""Hands out KV blocks, and remembers what the computed ones hold. Knows block tables, names and integers, no tensors."""
+"""Hands out KV blocks, and remembers what computed ones hold. Knows block tables, names and integers, no tensors."""
 
 from __future__ import annotations
 

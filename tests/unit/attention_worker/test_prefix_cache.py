@@ -56,7 +56,7 @@ def finish(sched: Scheduler, batch: Batch) -> None:
             sched.remove(chunk.sequence)
 
 
-# ---- names ------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------------------------
 
 
 @given(st.lists(st.integers(0, 3), max_size=20), st.lists(st.integers(0, 3), max_size=20), st.integers(0, 20))
@@ -73,7 +73,7 @@ def test_a_salt_gives_names_of_its_own() -> None:
     assert not set(names_of([1] * 8)) & set(names_of([1] * 8, "tenant"))
 
 
-# ---- the block manager against a model ----------------------------------------------------------------------------
+# ---- the block manager against a model -----------------------------------------------------------------------------
 
 
 class Blocks(RuleBasedStateMachine):
@@ -146,7 +146,7 @@ TestBlocks = Blocks.TestCase
 TestBlocks.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
-# ---- the scheduler --------------------------------------------------------------------------------------------------
+# ---- the scheduler -------------------------------------------------------------------------------------------------
 
 
 def test_a_later_prompt_computes_only_what_it_does_not_share() -> None:

@@ -14,7 +14,6 @@ from attention_worker.block_manager import BlockManager
 from attention_worker.scheduler import Batch, Scheduler
 from attention_worker.sequence import Sequence
 
-
 numbers = itertools.count()
 
 
