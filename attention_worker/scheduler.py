@@ -156,7 +156,7 @@ class Scheduler:
     def _runnable(self) -> int:
         """Running sequences, and the waiting ones that would find room now."""
         count, free = len(self.running), self.blocks.num_free
-        for sequence in self.waiting:
+        for sequence in self.waiting[: self.max_running]:
             shared = self.prefixes.find(sequence)
             if shared is None:
                 continue
@@ -167,14 +167,15 @@ class Scheduler:
         return count
 
     def _admissible(self) -> tuple[Sequence, list[int]] | None:
-        """The waiting sequence to admit now, and the blocks it shares. Nobody passes one that waits for room."""
+        """The waiting sequence to admit now, and the blocks it shares: the first that does not wait for a prefix, among
+        as many as could run. Nobody passes one that waits for room."""
         if not self._next_is_known:
             self._next, self._next_is_known = self._look_for_next(), True
         return self._next
 
     def _look_for_next(self) -> tuple[Sequence, list[int]] | None:
         if len(self.running) < self.max_running:
-            for sequence in self.waiting:
+            for sequence in self.waiting[: self.max_running]:
                 shared = self.prefixes.find(sequence)
                 if shared is not None:
                     return (sequence, shared) if self.blocks.fits(shared, len(sequence.token_ids)) else None

@@ -113,8 +113,9 @@ class Gateway:
         try:
             if self._draining:
                 raise Unavailable(self.problem)
-            self._relay.admission.check()  # before anything is done for a request that will be refused
-            job, shape, stream = await prepare(job_id, request, await self._body(request))
+            raw = await self._body(request)
+            self._relay.admission.check()  # before work is spent on a request that will be refused
+            job, shape, stream = await prepare(job_id, request, raw)
             return Generation(self._relay, self._metrics, job, shape, stream=stream)
         except ClientDisconnect:
             raise

@@ -252,6 +252,8 @@ class Pool:
         member = self._members.get(worker.rank)
         if worker.state != "ready":
             return f"is {worker.state}" + (f" ({worker.message})" if worker.message else "")
+        if member is not None and member.status is not None and member.status.state == "draining":
+            return f"is draining ({member.status.problem})"
         if member is not None and member.client is not None and member.client.lost:
             return f"is lost ({member.client.lost})"
         return "is not connected yet"
