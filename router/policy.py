@@ -104,7 +104,8 @@ class Prefix:
 
     def _known(self, attention_rank: int, names: Iterable[bytes]) -> int:
         """How many of `names`, from the first, the worker has been sent."""
-        seen, count = self._seen.get(attention_rank, {}), 0
+        seen = self._seen.setdefault(attention_rank, OrderedDict())
+        count = 0
         for name in names:
             if name not in seen:
                 break
@@ -113,7 +114,7 @@ class Prefix:
 
     def _remember(self, attention_rank: int, names: Sequence[bytes]) -> None:
         """The end first: a block is of no use without those before it, so it must not outlive them."""
-        seen = self._seen.setdefault(attention_rank, OrderedDict())
+        seen = self._seen[attention_rank]
         for name in reversed(names):
             seen[name] = None
             seen.move_to_end(name)
