@@ -29,15 +29,15 @@ from tests.system.serving import Serving, serving
 MODEL = "smollm2"
 PROMPT, TOKENS, VOCAB = 48, 12, 49_000
 DEADLINE_S, SHORT_S = 8.0, 1.0
-CLIENTS = 12  # of the closed loop: as many as run, and a few that wait
+CLIENTS = 8  # of the closed loop: as many as run
 REST_S = 5.0
 DEPLOYMENT = """
 attention:
   kv_cache_gib: 0.08
   max_running: 8
-  max_waiting: 6
+  max_waiting: 8
 router:
-  max_queue: 8
+  max_queue: 10
 """
 
 
