@@ -20,7 +20,7 @@ def test_overload_is_refused_in_time_and_leaves_nothing_behind() -> None:
     with overload.server() as running:
         report = asyncio.run(overload.measure(running, SECONDS, factor=4.0))
     print(f"capacity {report.capacity:.1f}/s, offered {report.offered:.1f}/s: {report.counts}, {report.grown_mib} MiB")
-    assert report.offered > 3.0 * report.capacity, "no overload, so there is nothing to show"
+    assert report.offered > 2.5 * report.capacity, "no overload, so there is nothing to show"
     assert set(report.counts) <= {"done", "429", "504", "late"}, report.counts
     assert all(outcome.seconds < outcome.deadline_s + NOISE_S for outcome in report.outcomes)
     refused = [outcome for outcome in report.outcomes if outcome.how == "429"]
