@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from afd.errors import ConfigError
 from afd.topology import Sharding, Topology
 
+PolicyName = Literal["prefix", "least_loaded", "round_robin", "session"]
 TransportKind = Literal["auto", "shm", "grpc", "inproc", "collective"]
 
 
@@ -47,6 +48,7 @@ class AttentionSection(_Section):
     kv_cache_gib: Gib | Literal["auto"] = "auto"
     max_batch_tokens: int = Field(512, ge=1, le=65536)
     tpot_target_ms: Annotated[float, Field(gt=0)] | None = None  # prompts' chunks shrink to keep others' steps below it
+    prefix_cache: bool = True  # prompts that begin alike share the KV of what they have in common
     max_running: int = Field(256, ge=1)  # requests that hold KV blocks
     max_waiting: int = Field(4096, ge=1)  # requests in the queue; past it a request is refused
     max_context: Count | Literal["auto"] = "auto"  # tokens, prompt and answer; auto: the model's own
@@ -101,6 +103,11 @@ class RouterSection(_Section):
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
     drain_s: float = Field(5.0, ge=0)  # how long in-flight requests may finish on shutdown
+    policy: PolicyName = "prefix"  # how an attention worker is chosen (router.policy)
+    max_queue: int = Field(1024, ge=1)  # requests without a first token yet, over all workers; past it: HTTP 429
+    request_timeout_s: Annotated[float, Field(gt=0)] | None = (
+        None  # longest a request may take; clients may ask for less
+    )
 
 
 class Deployment(_Section):

@@ -12,6 +12,8 @@ AfdError
 │   └── PeerTimeout        the other side did not answer before the deadline
 ├── RequestError           the client asked for what cannot be (HTTP 4xx)
 ├── Unavailable            no worker can take the request now (HTTP 503)
+│   └── QueueFull          too many requests wait already (HTTP 429)
+├── DeadlineExceeded       the request's time ran out (HTTP 504)
 └── ClusterError           workers cannot be started, reached or stopped
 """
 
@@ -74,6 +76,18 @@ class RequestError(AfdError):
 
 class Unavailable(AfdError):
     """No worker can take the request now; the same request may pass later."""
+
+
+class QueueFull(Unavailable):
+    """Too many requests wait already; the same request may pass in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(AfdError):
+    """The request's time ran out before its answer was complete."""
 
 
 class ClusterError(AfdError):

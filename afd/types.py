@@ -90,6 +90,8 @@ class GenerateRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    priority: int = 0  # of those that wait, lower is served earlier
+    cache_salt: str = ""  # computed prefixes are shared only between requests with the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +101,10 @@ class SampledToken:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+# Why a worker has nothing of a request, so that another may take it: its queue is full, or it serves nobody (any more).
+Refusal = Literal["", "full", "unavailable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +117,8 @@ class GenerateOutput:
     stop_token_id: int | None = None  # the EOS or stop token that ended it, when one did
     error: str = ""  # one sentence, with finish_reason "error"
     client_error: bool = False  # the request itself was at fault (HTTP 400, not 503)
+    cached_tokens: int = 0  # of the prompt, found computed already; said with the first token
+    refused: Refusal = ""  # with finish_reason "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -121,6 +121,10 @@ class AttentionWorker:
             max_context=requests.max_context,
             microbatches=scheduler.microbatches,
             waiting_tokens=sum(s.num_pending for s in list(scheduler.waiting)),
+            prefix_queries=scheduler.prefixes.queries,
+            prefix_hits=scheduler.prefixes.hits,
+            running_tokens=sum(len(s.token_ids) for s in list(scheduler.running)),
+            free_tokens=scheduler.blocks.num_free * scheduler.blocks.block_size,
         )
 
     def stop(self, drain_s: float = 0.0) -> None:
@@ -161,6 +165,7 @@ class AttentionWorker:
             max_batch_tokens=settings.max_batch_tokens,
             max_running=settings.max_running,
             target_s=None if settings.tpot_target_ms is None else settings.tpot_target_ms / 1e3,
+            prefix_cache=settings.prefix_cache,
         )
         return Engine(
             self._model,

@@ -52,10 +52,10 @@ class Requests:
         if refusal:
             self._outputs.append((owner, sequence.end("error", refusal, client_error=True)))
         elif self.problem:
-            self._outputs.append((owner, sequence.end("error", self.problem)))
+            self._outputs.append((owner, sequence.end("error", self.problem, refused="unavailable")))
         elif len(self.scheduler.waiting) >= self.max_waiting:
             full = f"{self.max_waiting} requests are waiting already (attention.max_waiting)"
-            self._outputs.append((owner, sequence.end("error", full)))
+            self._outputs.append((owner, sequence.end("error", full, refused="full")))
         else:
             self._living[sequence.key] = sequence
             self.scheduler.add(sequence)

@@ -8,12 +8,13 @@ changed number of microbatches even out by themselves.
 from __future__ import annotations
 
 import time
-from collections import deque
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from attention_worker.block_manager import BlockManager
 from attention_worker.chunking import ChunkBudget
+from attention_worker.prefix_cache import PrefixCache
 from attention_worker.sequence import Sequence
 
 
@@ -58,10 +59,12 @@ class Batch:
 
 
 class Scheduler:
-    """Waiting → running ⇄ in flight → gone. Oldest first everywhere; the youngest is preempted first.
+    """Waiting → running ⇄ in flight → gone. The most urgent first everywhere: by priority, then the oldest; the least
+    urgent is preempted first.
 
     A waiting sequence is admitted when blocks for all of its tokens are free, so a prefill never stops half-way; a
-    decode that finds no free block preempts the youngest idle sequence, which will be recomputed.
+    decode that finds no free block preempts the least urgent idle sequence, which will be recomputed. One whose next
+    block is being computed by another (attention_worker.prefix_cache) lets others go first until it can share it.
 
     `microbatches` may be changed at any time. `target_s` is what a decode step may take when prompts ride along.
     """
@@ -74,25 +77,31 @@ class Scheduler:
         max_batch_tokens: int,
         max_running: int,
         target_s: float | None = None,
+        prefix_cache: bool = True,
     ) -> None:
         self.blocks = blocks
+        self.prefixes = PrefixCache(blocks, enabled=prefix_cache)
         self.microbatches = microbatches
         self.max_batch_tokens = max_batch_tokens
         self.max_running = max_running
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # holds blocks, oldest first, in flight or not
+        self.waiting: list[Sequence] = []  # both are sorted, the most urgent first
+        self.running: list[Sequence] = []  # holds blocks, in flight or not
         self.preemptions = 0
         self.chunks = ChunkBudget(max_batch_tokens, target_s)
         self._orders = 0
+        # Who is admitted next and what it shares, looked up when needed: False after anything that may change it.
+        self._next: tuple[Sequence, list[int]] | None = None
+        self._next_is_known = False
 
     def add(self, sequence: Sequence) -> None:
         sequence.order = self._orders
         self._orders += 1
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_urgency)
+        self._next_is_known = False
 
     def has_work(self) -> bool:
         """Whether `schedule` may find something (it may still find too few free blocks)."""
-        return any(not s.in_flight for s in self.running) or self._admissible()
+        return any(not s.in_flight for s in self.running) or self._admissible() is not None
 
     def schedule(self) -> Batch | None:
         """The next step of one microbatch; its sequences are in flight until `complete` or `remove`."""
@@ -105,13 +114,9 @@ class Scheduler:
         left = self._fill(decodes, chunks, share, self.max_batch_tokens)
         left = min(left, self.chunks.allowed(decoding))
         left = self._fill([s for s in idle if s.num_pending > 1], chunks, share, left)
-        while len(chunks) < share and left > 0 and self._admissible():
-            sequence = self.waiting.popleft()
-            grown = self.blocks.grow(sequence.block_table, len(sequence.token_ids))
-            assert grown, "an admissible sequence found no blocks"
-            self.running.append(sequence)
-            self.running.sort(key=lambda s: s.order)
-            left -= self._take(sequence, left, chunks)
+        while len(chunks) < share and left > 0 and (admissible := self._admissible()):
+            self._admit(*admissible)
+            left -= self._take(admissible[0], left, chunks)
         return Batch(tuple(chunks)) if chunks else None
 
     def complete(self, batch: Batch, now_s: float) -> None:
@@ -122,11 +127,15 @@ class Scheduler:
         for chunk in batch.chunks:
             chunk.sequence.num_computed = chunk.start + chunk.count
             chunk.sequence.in_flight = False
+            self.prefixes.computed(chunk.sequence)
+        self._next_is_known = False
 
     def remove(self, sequence: Sequence) -> None:
         """Forgets a sequence, wherever it is, and frees its blocks. It must not be computed any more."""
         self.blocks.release(sequence.block_table)
+        self.prefixes.leave(sequence)
         sequence.in_flight = False
+        self._next_is_known = False
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
@@ -138,23 +147,47 @@ class Scheduler:
     def check(self) -> None:
         """Invariants; for tests, and cheap enough to run when idle."""
         assert all(not s.block_table and not s.in_flight for s in self.waiting), "a waiting sequence holds blocks"
+        assert all(queue == sorted(queue, key=_urgency) for queue in (self.waiting, self.running)), (
+            "a queue is unsorted"
+        )
         self.blocks.check(s.block_table for s in self.running)
+        self.prefixes.check(self.running)
 
     def _runnable(self) -> int:
         """Running sequences, and the waiting ones that would find room now."""
         count, free = len(self.running), self.blocks.num_free
-        for sequence in self.waiting:
-            free -= self.blocks.missing(sequence.block_table, len(sequence.token_ids))
+        for sequence in self.waiting[: self.max_running]:
+            shared = self.prefixes.find(sequence)
+            if shared is None:
+                continue
+            free -= self.blocks.missing(shared, len(sequence.token_ids))
             if free < 0 or count >= self.max_running:
                 break
             count += 1
         return count
 
-    def _admissible(self) -> bool:
-        if not self.waiting or len(self.running) >= self.max_running:
-            return False
-        head = self.waiting[0]
-        return self.blocks.missing(head.block_table, len(head.token_ids)) <= self.blocks.num_free
+    def _admissible(self) -> tuple[Sequence, list[int]] | None:
+        """The waiting sequence to admit now, and the blocks it shares: the first that does not wait for a prefix, among
+        as many as could run. Nobody passes one that waits for room."""
+        if not self._next_is_known:
+            self._next, self._next_is_known = self._look_for_next(), True
+        return self._next
+
+    def _look_for_next(self) -> tuple[Sequence, list[int]] | None:
+        if len(self.running) < self.max_running:
+            for sequence in self.waiting[: self.max_running]:
+                shared = self.prefixes.find(sequence)
+                if shared is not None:
+                    return (sequence, shared) if self.blocks.fits(shared, len(sequence.token_ids)) else None
+        return None
+
+    def _admit(self, sequence: Sequence, shared: list[int]) -> None:
+        self.waiting.remove(sequence)
+        self.prefixes.admit(sequence, shared)
+        grown = self.blocks.grow(sequence.block_table, len(sequence.token_ids))
+        assert grown, "an admissible sequence found no blocks"
+        insort(self.running, sequence, key=_urgency)
+        self._next_is_known = False
 
     def _fill(self, sequences: list[Sequence], chunks: list[Chunk], share: int, budget: int) -> int:
         """Takes running sequences into `chunks`; what is left of `budget` tokens."""
@@ -173,19 +206,23 @@ class Scheduler:
         return count
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Room for every token of `sequence`, if need be from the youngest, which may be itself. A youngest one in
-        flight is waited for: it can be preempted when its step is over."""
+        """Room for every token of `sequence`, if need be from the least urgent, which may be itself. One in flight is
+        waited for: it can be preempted when its step is over."""
+        self._next_is_known = False
         while not self.blocks.grow(sequence.block_table, len(sequence.token_ids)):
-            youngest = self.running[-1]
-            if youngest.in_flight:
+            last = self.running[-1]
+            if last.in_flight:
                 return False
-            self._preempt(youngest)
-            if youngest is sequence:
+            self._preempt(last)
+            if last is sequence:
                 return False
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self.remove(sequence)
-        sequence.num_computed = 0
-        self.waiting = deque(sorted([sequence, *self.waiting], key=lambda s: s.order))
+        insort(self.waiting, sequence, key=_urgency)
+
+
+def _urgency(sequence: Sequence) -> tuple[int, int]:
+    return sequence.urgency

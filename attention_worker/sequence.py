@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from afd.types import FinishReason, GenerateOutput, GenerateRequest, SampledToken
+from afd.types import FinishReason, GenerateOutput, GenerateRequest, Refusal, SampledToken
 
 
 @dataclass(slots=True, eq=False)
@@ -22,7 +22,11 @@ class Sequence:
     token_ids: list[int] = field(init=False)
     seed: int = field(init=False)
     block_table: list[int] = field(default_factory=list)
+    block_names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as anybody asked
     num_computed: int = 0
+    num_published: int = 0  # blocks of block_table that are in the prefix cache, or came out of it
+    num_promised: int = 0  # blocks that are or will be in it once the prompt is computed
+    num_cached: int | None = None  # tokens that were found computed when it was first admitted
     in_flight: bool = False
     cancelled: bool = False
     order: int = 0  # admission order given by the scheduler; lower is older
@@ -37,6 +41,11 @@ class Sequence:
         return self.owner, self.request.request_id
 
     @property
+    def urgency(self) -> tuple[int, int]:
+        """Who goes first: the lowest, by priority and then by age."""
+        return self.request.priority, self.order
+
+    @property
     def num_pending(self) -> int:
         """Tokens whose KV is not computed: 1 while decoding, more while (re)computing the prompt."""
         return len(self.token_ids) - self.num_computed
@@ -49,11 +58,16 @@ class Sequence:
         """Takes a sampled token and says what it means for the request."""
         self.token_ids.append(token.token_id)
         reason, stop_token_id = self._finish(token.token_id, eos_token_ids)
-        return GenerateOutput(self.request.request_id, (token,), reason, stop_token_id)
+        cached = (self.num_cached or 0) if self.num_generated == 1 else 0
+        return GenerateOutput(self.request.request_id, (token,), reason, stop_token_id, cached_tokens=cached)
 
-    def end(self, reason: FinishReason, error: str = "", *, client_error: bool = False) -> GenerateOutput:
+    def end(
+        self, reason: FinishReason, error: str = "", *, client_error: bool = False, refused: Refusal = ""
+    ) -> GenerateOutput:
         """The output that ends the request without a token."""
-        return GenerateOutput(self.request.request_id, (), reason, error=error, client_error=client_error)
+        return GenerateOutput(
+            self.request.request_id, (), reason, error=error, client_error=client_error, refused=refused
+        )
 
     def _finish(self, token_id: int, eos_token_ids: tuple[int, ...]) -> tuple[FinishReason | None, int | None]:
         sampling = self.request.sampling

@@ -132,7 +132,8 @@ class Service:
             return None
         request_id = message.submit.request_id
         if self._engine is None:
-            return GenerateOutput(request_id, (), "error", error="the attention worker is still starting")
+            starting = "the attention worker is still starting"
+            return GenerateOutput(request_id, (), "error", error=starting, refused="unavailable")
         try:
             request = convert.request_from_proto(message.submit)
         except RequestError as error:

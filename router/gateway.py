@@ -24,13 +24,14 @@ from router.relay import Job, Relay
 from router.responses import ChatShape, CompletionShape, Json, Shape, Style
 from router.schema import ChatRequest, CompletionRequest, parse
 from router.settings import RouterSettings
+from router.terms import Terms
 
 log = logging.getLogger(__name__)
 
 _LAST_WORDS_S = 1.0  # for telling those who did not finish while draining
 
 _Prepared = tuple[Job, Shape, bool]  # the last: streamed
-_Prepare = Callable[[str, bytes], Coroutine[None, None, _Prepared]]
+_Prepare = Callable[[str, Request, bytes], Coroutine[None, None, _Prepared]]
 
 
 class Gateway:
@@ -120,7 +121,9 @@ class Gateway:
         try:
             if self._draining:
                 raise Unavailable(self.problem)
-            job, shape, stream = await prepare(job_id, await self._body(request))
+            raw = await self._body(request)
+            self._relay.admission.check()  # before work is spent on a request that will be refused
+            job, shape, stream = await prepare(job_id, request, raw)
             return Generation(self._relay, self._metrics, job, shape, stream=stream)
         except ClientDisconnect:
             raise
@@ -130,16 +133,18 @@ class Gateway:
             self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
             return errors.response(error)
 
-    async def _chat(self, job_id: str, raw: bytes) -> _Prepared:
+    async def _chat(self, job_id: str, request: Request, raw: bytes) -> _Prepared:
         body = parse(ChatRequest, raw)
         self._check_model(body.model)
-        job = await self._relay.chat_job(job_id, body)
+        terms = Terms.read(body, request.headers, self._settings.request_timeout_s)
+        job = replace(await self._relay.chat_job(job_id, body), terms=terms)
         return job, ChatShape(job, self._answer_style(body)), bool(body.stream)
 
-    async def _completion(self, job_id: str, raw: bytes) -> _Prepared:
+    async def _completion(self, job_id: str, request: Request, raw: bytes) -> _Prepared:
         body = parse(CompletionRequest, raw)
         self._check_model(body.model)
-        job = await self._relay.completion_job(job_id, body)
+        terms = Terms.read(body, request.headers, self._settings.request_timeout_s)
+        job = replace(await self._relay.completion_job(job_id, body), terms=terms)
         return job, CompletionShape(job, self._answer_style(body)), bool(body.stream)
 
     def _answer_style(self, body: ChatRequest | CompletionRequest) -> Style:

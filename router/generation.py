@@ -90,7 +90,7 @@ class Generation(Response):
                 await self._send(send, content, more=True)
             opening = b""
             deltas = await stream.next()
-        await self._send(send, self._shape.closing(stream.num_generated), more=False)
+        await self._send(send, self._shape.closing(stream.num_generated, stream.num_cached), more=False)
 
     def _say(self, send: Send, delta: Delta) -> Awaitable[None] | None:
         """Sends without a task of its own, unless the client is slow to read; then what returns has to be awaited."""
@@ -109,7 +109,7 @@ class Generation(Response):
                 answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
         for answer, pieces in zip(answers, texts, strict=True):
             answer.text = "".join(pieces)
-        content = self._shape.whole(answers, stream.num_generated)
+        content = self._shape.whole(answers, stream.num_generated, stream.num_cached)
         self.raw_headers.append((b"content-length", str(len(content)).encode()))
         await self._start(send)
         await self._send(send, content, more=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypedDict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -49,8 +49,13 @@ class Metrics:
         )
         self._success = Counter(
             "afd_request_success",
-            "Requests ended, by reason: stop, length, abort (the client left) or error.",
+            "Requests ended, by reason: stop, length, abort (the client left), timeout or error.",
             ["finished_reason"],
+            registry=registry,
+        )
+        self.retries = Counter(
+            "afd_request_retries",
+            "Requests sent to another worker because the first was lost, or refused, before their first token.",
             registry=registry,
         )
         self.http_errors = Counter("afd_http_errors", "Error answers, by HTTP status.", ["status"], registry=registry)
@@ -79,12 +84,13 @@ class Metrics:
             "inter_token_latency": _buckets(self.inter_token_latency),
         }
 
-    def render(self, statuses: Iterable[AttentionStatus], workers: Sequence[WorkerView] = ()) -> bytes:
+    def render(self, statuses: Sequence[AttentionStatus], workers: Sequence[WorkerView] = ()) -> bytes:
         """The text format. Gauges of workers are set from `statuses`, what their timelines add up to from `workers`;
         workers that are gone disappear."""
         self._workers.views = workers
         for gauge in self._by_worker.values():
             gauge.clear()
+        self._workers.statuses = statuses
         for status in statuses:
             for field, gauge in self._by_worker.items():
                 gauge.labels(str(status.attention_rank)).set(getattr(status, field))

@@ -1,39 +1,50 @@
-"""Which attention worker takes a request. Pure: counts in, an attention_rank out.
+"""Which attention worker takes a request. Pure: a request and counts in, an attention_rank out.
 
-POLICIES is where another policy plugs in: a Policy under a name, chosen by RouterSettings.policy. Deployments always
-use least_loaded: no key of the deployment file and no flag chooses another.
+POLICIES is where another policy plugs in: a Policy under a name, chosen by router.policy in the deployment file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol
 
 from afd.errors import ConfigError
+from afd.token_blocks import extend_names
+from afd.types import GenerateRequest
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What this router has in flight on one attention worker, queued or running; tokens: prompts and answers"""
+    """What one attention worker has to do, queued or running: this router's requests, and as far as the worker has
+    told, other routers'. `free_tokens` is what its KV cache still holds; None: it has not told."""
 
     attention_rank: int
     requests: int
-    tokens: int
+    tokens: int  # prompts and answers so far
+    free_tokens: int | None = None
+
+    def lacks_room(self, num_tokens: int) -> bool:
+        """Whether `num_tokens` more tokens would have to wait for KV blocks."""
+        return self.free_tokens is not None and self.free_tokens < num_tokens
 
 
 class Policy(Protocol):
     """Chooses among workers that can take a request. May keep state between calls; called on one thread."""
 
-    def choose(self, loads: Sequence[Load]) -> int:
-        """The attention_rank to use. `loads` is never empty and sorted by attention_rank."""
+    def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:
+        """The attention_rank to use. `loads` is never empty and sorted by attention_rank; requests of one `session`
+        belong together ("": of none)."""
 
 
 class LeastLoaded:
-    """The worker with the fewest tokens in flight; then the fewest requests, then the lowest attention_rank."""
+    """The worker whose KV cache has room for the prompt, then with the fewest tokens in flight, then the fewest
+    requests, then the lowest attention_rank."""
 
-    def choose(self, loads: Sequence[Load]) -> int:
-        return min(loads, key=lambda load: (load.tokens, load.requests, load.attention_rank)).attention_rank
+    def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:  # noqa: ARG002
+        return _least_loaded(loads, len(request.prompt_token_ids)).attention_rank
 
 
 class RoundRobin:
@@ -42,13 +53,81 @@ class RoundRobin:
     def __init__(self) -> None:
         self._last = -1
 
-    def choose(self, loads: Sequence[Load]) -> int:
+    def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:  # noqa: ARG002
         ranks = [load.attention_rank for load in loads]
         self._last = next((rank for rank in ranks if rank > self._last), ranks[0])
         return self._last
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"least_loaded": LeastLoaded, "round_robin": RoundRobin}
+class Session:
+    """A session's worker by a hash, the same at every router; while that worker is gone, only its sessions move, and
+    spread over the others. Requests of no session go by load."""
+
+    def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:
+        if not session:
+            return _least_loaded(loads, len(request.prompt_token_ids)).attention_rank
+        return max((load.attention_rank for load in loads), key=lambda rank: _lot(session, rank))
+
+
+class Prefix:
+    """The worker that has been sent the beginning of this prompt before, by blocks of `block_size` tokens, of which it
+    remembers the `memory` last ones of each worker. By load where less than half of the prompt is known, among equals,
+    and where the favourite is overloaded: it has more than OVERLOAD times the requests of the least loaded worker and
+    SLACK on top, or lacks the room that the other has."""
+
+    OVERLOAD = 1.5
+    SLACK = 32
+
+    def __init__(self, block_size: int = 64, memory: int = 16384) -> None:
+        self._block_size = block_size
+        self._memory = memory
+        self._seen: dict[int, OrderedDict[bytes, None]] = {}  # by attention_rank, the oldest first
+
+    def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:  # noqa: ARG002
+        names: list[bytes] = []
+        extend_names(names, request.prompt_token_ids, self._block_size, request.cache_salt)
+        length = len(request.prompt_token_ids)
+        chosen = _least_loaded(loads, length)
+        known = {load.attention_rank: self._known(load.attention_rank, names) for load in loads}
+        most = max(known.values())
+        if 2 * most * self._block_size >= length:
+            rest = length - most * self._block_size
+            favourite = _least_loaded([load for load in loads if known[load.attention_rank] == most], rest)
+            if not self._overloaded(favourite, chosen, rest):
+                chosen = favourite
+        self._remember(chosen.attention_rank, names)
+        return chosen.attention_rank
+
+    def _overloaded(self, favourite: Load, least: Load, rest: int) -> bool:
+        busy = favourite.requests > self.OVERLOAD * least.requests + self.SLACK
+        return busy or (favourite.lacks_room(rest) and not least.lacks_room(rest))
+
+    def _known(self, attention_rank: int, names: Iterable[bytes]) -> int:
+        """How many of `names`, from the first, the worker has been sent."""
+        seen = self._seen.setdefault(attention_rank, OrderedDict())
+        count = 0
+        for name in names:
+            if name not in seen:
+                break
+            count += 1
+        return count
+
+    def _remember(self, attention_rank: int, names: Sequence[bytes]) -> None:
+        """The end first: a block is of no use without those before it, so it must not outlive them."""
+        seen = self._seen[attention_rank]
+        for name in reversed(names):
+            seen[name] = None
+            seen.move_to_end(name)
+        while len(seen) > self._memory:
+            seen.popitem(last=False)
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "prefix": Prefix,
+    "least_loaded": LeastLoaded,
+    "round_robin": RoundRobin,
+    "session": Session,
+}
 
 
 def create(name: str) -> Policy:
@@ -56,3 +135,12 @@ def create(name: str) -> Policy:
     if name not in POLICIES:
         raise ConfigError(f"router policy is {name!r}; choose one of {', '.join(POLICIES)}")
     return POLICIES[name]()
+
+
+def _least_loaded(loads: Sequence[Load], num_tokens: int) -> Load:
+    return min(loads, key=lambda load: (load.lacks_room(num_tokens), load.tokens, load.requests, load.attention_rank))
+
+
+def _lot(session: str, attention_rank: int) -> bytes:
+    """The highest of the workers' lots has the session."""
+    return blake2b(f"{attention_rank} {session}".encode("utf-8", "surrogatepass"), digest_size=8).digest()

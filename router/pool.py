@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 
 from afd.errors import TransportError, Unavailable
@@ -21,6 +21,7 @@ from router.policy import Load, Policy
 log = logging.getLogger(__name__)
 
 _STATUS_S = 1.0  # longest wait for a worker's status where somebody waits for the answer
+_ASK_S = 0.5  # between two questions for a worker's status: what other routers have sent it counts for the policy
 _RECONNECT_S = 1.0  # between a connection that broke and the next one to the same address
 
 
@@ -30,13 +31,26 @@ class Member:
 
     worker: WorkerView
     client: AttentionClient | None = None
-    status: AttentionStatus | None = None  # the last one heard
+    status: AttentionStatus | None = None  # the last one heard,
+    asked_at: float = 0.0  # the loop time when that was asked for,
+    own: tuple[int, int] = (0, 0)  # and this router's requests and tokens there when it came
     task: asyncio.Task[None] | None = field(default=None, repr=False)  # connecting, or asking for progress
 
     @property
     def usable(self) -> bool:
         """Whether new requests may go there."""
-        return self.worker.state == "ready" and self.client is not None and not self.client.lost
+        draining = self.status is not None and self.status.state == "draining"
+        return self.worker.state == "ready" and not draining and self.client is not None and not self.client.lost
+
+    def load(self, client: AttentionClient) -> Load:
+        """What the policy is told: this router's part as it is now, the rest as the worker told it last."""
+        requests, tokens = client.num_requests, client.num_tokens
+        if self.status is None or self.status.blocks_total == 0:
+            return Load(self.worker.rank, requests, tokens)
+        others = max(0, self.status.running + self.status.waiting - self.own[0])
+        others_tokens = max(0, self.status.running_tokens + self.status.waiting_tokens - self.own[1])
+        free = self.status.free_tokens - max(0, tokens - self.own[1])
+        return Load(self.worker.rank, requests + others, tokens + others_tokens, free)
 
 
 class Pool:
@@ -95,19 +109,21 @@ class Pool:
         statuses = [member.status for member in self._members.values() if member.status is not None]
         return min([most, *(status.max_context for status in statuses if status.max_context > 0)])
 
-    def submit(self, request: GenerateRequest, inbox: Inbox) -> AttentionClient:
-        """Sends `request` to the worker that the policy chooses, and returns its client, for cancelling.
+    def submit(
+        self, request: GenerateRequest, inbox: Inbox, session: str = "", tried: Collection[AttentionClient] = ()
+    ) -> AttentionClient:
+        """Sends `request` to the worker that the policy chooses, none of those `tried` already, and returns its client,
+        for cancelling.
 
         Raises Unavailable with a sentence when no worker can take it.
         """
         if self.view.problem:
             raise Unavailable(self.view.problem)
-        clients = {
-            member.worker.rank: member.client for member in self.members if member.usable and member.client is not None
-        }
-        if not clients:
-            raise Unavailable(self.problem)
-        chosen = self._policy.choose([Load(rank, c.num_requests, c.num_tokens) for rank, c in clients.items()])
+        usable = [(m, m.client) for m in self.members if m.usable and m.client is not None and m.client not in tried]
+        if not usable:
+            raise Unavailable(self.problem or "no other attention worker can take the request")
+        clients = {member.worker.rank: client for member, client in usable}
+        chosen = self._policy.choose(request, session, [member.load(client) for member, client in usable])
         clients[chosen].submit(request, inbox)
         return clients[chosen]
 
@@ -115,7 +131,7 @@ class Pool:
         """Ends every request in flight with an error output saying `sentence`."""
         for member in self._members.values():
             if member.client is not None:
-                member.client.fail(sentence)
+                member.client.fail(sentence, refused="")
 
     async def refresh(self) -> None:
         """Asks every usable worker for its status, at the same time; one that does not answer keeps its last."""
@@ -145,6 +161,7 @@ class Pool:
             if member is not None:
                 member.worker = worker
                 self._check_progress(member)
+                self._ask_again(member)
             elif worker.state == "ready" and worker.address and not self._just_broken(worker.address):
                 self._members[attention_rank] = member = Member(worker)
                 member.task = asyncio.create_task(self._connect(member))
@@ -196,10 +213,21 @@ class Pool:
         await self._ask(member, client)
 
     async def _ask(self, member: Member, client: AttentionClient) -> None:
+        """Takes the worker's status in; steps finished since the last one are a sign of life."""
+        member.asked_at = asyncio.get_running_loop().time()
         try:
-            member.status = await client.status(deadline_s=min(_STATUS_S, self._deadline_s))
+            status = await client.status(deadline_s=min(_STATUS_S, self._deadline_s))
         except TransportError as error:
             log.debug("%s", error)
+            return
+        if member.status is not None and status.steps > member.status.steps:
+            client.heard_at = asyncio.get_running_loop().time()
+        member.status, member.own = status, (client.num_requests, client.num_tokens)
+
+    def _ask_again(self, member: Member) -> None:
+        due = asyncio.get_running_loop().time() >= member.asked_at + _ASK_S
+        if due and member.client is not None and not member.client.lost and (not member.task or member.task.done()):
+            member.task = asyncio.create_task(self._ask(member, member.client))
 
     def _check_progress(self, member: Member) -> None:
         """Fails the requests of a worker that neither sends tokens nor finishes steps. Long prefills and a long queue
@@ -217,16 +245,15 @@ class Pool:
             member.task = asyncio.create_task(self._probe(member, client))
 
     async def _probe(self, member: Member, client: AttentionClient) -> None:
-        before = member.status
         await self._ask(member, client)
-        if before is not None and member.status is not None and member.status.steps > before.steps:
-            client.heard_at = asyncio.get_running_loop().time()
         await asyncio.sleep(min(1.0, self._deadline_s / 4))  # one question at a time, and not too many
 
     def _ailment(self, worker: WorkerView) -> str:
         member = self._members.get(worker.rank)
         if worker.state != "ready":
             return f"is {worker.state}" + (f" ({worker.message})" if worker.message else "")
+        if member is not None and member.status is not None and member.status.state == "draining":
+            return f"is draining ({member.status.problem})"
         if member is not None and member.client is not None and member.client.lost:
             return f"is lost ({member.client.lost})"
         return "is not connected yet"

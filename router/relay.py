@@ -14,16 +14,19 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from afd.errors import RequestError, Unavailable
+from afd.errors import DeadlineExceeded, QueueFull, RequestError, TransportError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SamplingParams
+from router.admission import Admission
 from router.chat import ChatTemplate
 from router.choice import Choice, Delta, TextRules
+from router.deadline import deadline
 from router.metrics import Metrics
 from router.pool import Pool
 from router.sampling import SamplingDefaults
 from router.schema import ChatRequest, CompletionRequest, Request
 from router.settings import RouterSettings
+from router.terms import Terms
 from router.tokenizer import Tokenizer, off_loop
 
 _COMPLETION_TOKENS = 16  # what /v1/completions generates when the client does not say, as at OpenAI
@@ -38,6 +41,7 @@ class Job:
     sampling: tuple[SamplingParams, ...]  # one per prompt: max_tokens may depend on its length
     n: int
     rules: TextRules = field(default_factory=TextRules)
+    terms: Terms = field(default_factory=Terms)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -56,7 +60,8 @@ class Job:
         sampling = self.sampling[i]
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + j) % 2**64)
-        return GenerateRequest(f"{self.job_id}-{i * self.n + j}", self.prompts[i], sampling)
+        request_id = f"{self.job_id}-{i * self.n + j}"
+        return GenerateRequest(request_id, self.prompts[i], sampling, self.terms.priority, self.terms.cache_salt)
 
 
 _Running = tuple[Choice, AttentionClient]
@@ -65,18 +70,25 @@ _Running = tuple[Choice, AttentionClient]
 class Stream:
     """The choices of one job while they grow. Made by Relay.open."""
 
-    def __init__(self, job: Job, metrics: Metrics) -> None:
+    def __init__(self, job: Job, metrics: Metrics, pool: Pool, admission: Admission) -> None:
         self.num_generated = 0  # tokens, over all choices
+        self.num_cached = 0  # prompt tokens that the job's first choices found computed
         self._job = job
         self._metrics = metrics
+        self._pool = pool
+        self._admission = admission
+        self._waiting: set[str] = set()  # choices without a token yet
+        self._tried: dict[str, list[AttentionClient]] = {}  # the workers that a choice has lost or was refused by
         self._started = time.perf_counter()
         self._inbox = Inbox()
         self._running: dict[str, _Running] = {}
 
-    def submit(self, choices: Sequence[Choice], pool: Pool) -> None:
-        """Raises Unavailable. What was submitted before that is running, and `cancel` ends it."""
+    def submit(self, choices: Sequence[Choice]) -> None:
+        """Raises Unavailable, QueueFull among them. What was submitted before that is running, and `cancel` ends it."""
+        self._admission.enter(len(choices))
+        self._waiting.update(choice.request.request_id for choice in choices)
         for choice in choices:
-            client = pool.submit(choice.request, self._inbox)
+            client = self._pool.submit(choice.request, self._inbox, self._job.terms.session)
             self._running[choice.request.request_id] = (choice, client)
         self._metrics.prompt_tokens.inc(self._job.num_prompt_tokens)
 
@@ -91,7 +103,7 @@ class Stream:
                 if isinstance(arrival, tuple):
                     deltas += self._accept_token(*arrival)
                 elif arrival.request_id in self._running:
-                    deltas.append(self._accept(arrival))
+                    deltas += self._accept(arrival)
         return deltas
 
     def on_delta(self, say: Callable[[Delta], Awaitable[None] | None]) -> None:
@@ -114,21 +126,52 @@ class Stream:
             client.cancel(request_id)
             self._metrics.finished(reason, time.perf_counter() - self._started)
         self._running.clear()
+        for request_id in list(self._waiting):
+            self._waits_no_more(request_id)
 
     def _accept_token(self, request_id: str, token_id: int) -> Sequence[Delta]:
         """None for a choice that has ended."""
         running = self._running.get(request_id)
         return () if running is None else (self._took(request_id, running, running[0].accept_token(token_id), None),)
 
-    def _accept(self, output: GenerateOutput) -> Delta:
+    def _accept(self, output: GenerateOutput) -> Sequence[Delta]:
+        """Nothing where the choice goes on at another worker."""
         choice, client = running = self._running[output.request_id]
         if output.finish_reason in ("error", "cancelled"):
+            if output.refused and self._try_another(choice, client):
+                return ()
             del self._running[output.request_id]
             self._metrics.finished("error", time.perf_counter() - self._started)
-            if output.client_error:
-                raise RequestError(output.error)
-            raise Unavailable(output.error or f"{client.peer} cancelled the request")
-        return self._took(output.request_id, running, choice.accept(output), output.finish_reason)
+            raise self._error(output, client)
+        if choice.index % self._job.n == 0:
+            self.num_cached += output.cached_tokens
+        return (self._took(output.request_id, running, choice.accept(output), output.finish_reason),)
+
+    def _error(self, output: GenerateOutput, client: AttentionClient) -> RequestError | Unavailable:
+        if output.client_error:
+            return RequestError(output.error)
+        if output.refused == "full":
+            return QueueFull(output.error, retry_after_s=self._admission.retry_after_s)
+        return Unavailable(output.error or f"{client.peer} cancelled the request")
+
+    def _try_another(self, choice: Choice, client: AttentionClient) -> bool:
+        """Sends a choice that has no token yet to a worker that has not had it; False where that cannot be."""
+        request_id = choice.request.request_id
+        if request_id not in self._waiting:
+            return False
+        tried = self._tried.setdefault(request_id, [])
+        tried.append(client)
+        try:
+            another = self._pool.submit(choice.request, self._inbox, self._job.terms.session, tried)
+        except (Unavailable, TransportError):
+            return False  # what the first one said says more
+        self._running[request_id] = (choice, another)
+        self._metrics.retries.inc()
+        return True
+
+    def _waits_no_more(self, request_id: str) -> None:
+        self._waiting.discard(request_id)
+        self._admission.leave()
 
     def _took(self, request_id: str, running: _Running, delta: Delta, said: FinishReason | None) -> Delta:
         """Follows what `delta` means for its choice. `said` is how the worker said that it ends, if it did."""
@@ -146,6 +189,7 @@ class Stream:
             return
         now = time.perf_counter()
         if choice.last_token_at is None:
+            self._waits_no_more(choice.request.request_id)
             self._metrics.time_to_first_token.observe(now - self._started)
         else:
             self._metrics.inter_token_latency.observe((now - choice.last_token_at) / num_tokens)
@@ -165,6 +209,7 @@ class Relay:
         self._defaults = SamplingDefaults.read(settings.generation_config)
         self._pool = pool
         self._metrics = metrics
+        self.admission = Admission(settings.max_queue)
         self._num_open = 0
         self._closed_one = asyncio.Event()
 
@@ -208,13 +253,18 @@ class Relay:
 
     @asynccontextmanager
     async def open(self, job: Job) -> AsyncIterator[Stream]:
-        """Starts the job. Raises Unavailable when no worker can take it."""
-        stream = Stream(job, self._metrics)
+        """Starts the job. Raises Unavailable when no worker can take it, QueueFull when too many wait already, and
+        DeadlineExceeded in the block when the job's time runs out."""
+        stream = Stream(job, self._metrics, self._pool, self.admission)
         unfinished = "abort"
         self._num_open += 1
         try:
-            stream.submit(job.choices(self._tokenizer), self._pool)
-            yield stream
+            with deadline(job.terms.timeout_s):
+                stream.submit(job.choices(self._tokenizer))
+                yield stream
+        except DeadlineExceeded:
+            unfinished = "timeout"
+            raise
         except Exception:
             unfinished = "error"  # one choice failed, and with it the others
             raise

@@ -29,11 +29,12 @@ def event(content: bytes) -> bytes:
     return b"data: " + content + b"\n\n"
 
 
-def usage(num_prompt_tokens: int, num_generated: int) -> Json:
+def usage(num_prompt_tokens: int, num_generated: int, num_cached: int) -> Json:
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt_tokens + num_generated,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
     }
 
 
@@ -77,21 +78,21 @@ class Shape(ABC):
         """One chunk for each delta that says something."""
         return b"".join([self._ordinary(d) or self._chunk(self._delta(d)) for d in deltas if self._speaks(d)])
 
-    def closing(self, num_generated: int) -> bytes:
+    def closing(self, num_generated: int, num_cached: int) -> bytes:
         """Chunks after the last token."""
         if not self._usage_chunk:
             return DONE
-        total = usage(self._job.num_prompt_tokens, num_generated)
+        total = usage(self._job.num_prompt_tokens, num_generated, num_cached)
         return event(orjson.dumps({**self._head, "choices": [], "usage": total})) + DONE
 
-    def whole(self, answers: Sequence[Delta], num_generated: int) -> bytes:
+    def whole(self, answers: Sequence[Delta], num_generated: int, num_cached: int) -> bytes:
         """The answer that is not streamed; `answers` in the order of their index."""
         return orjson.dumps(
             {
                 **self._head,
                 "object": self.object_whole,
                 "choices": [self._choice(answer) for answer in answers],
-                "usage": usage(self._job.num_prompt_tokens, num_generated),
+                "usage": usage(self._job.num_prompt_tokens, num_generated, num_cached),
                 **self._whole_extras(),
             }
         )

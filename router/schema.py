@@ -25,17 +25,14 @@ MAX_STOPS = 16
 
 IGNORED = frozenset(
     {
-        "cache_salt",
         "include_reasoning",
         "metadata",
         "parallel_tool_calls",
-        "prompt_cache_key",
         "request_id",
         "safety_identifier",
         "service_tier",
         "spaces_between_special_tokens",  # tokenizer.json decides it
         "store",
-        "user",
     }
 )
 # Fields of the API that this server does not implement, and the values of them that ask for nothing.
@@ -59,7 +56,6 @@ OFF_VALUES: dict[str, tuple[object, ...]] = {
     "logit_bias": (None, {}),
     "modalities": (None, ["text"]),
     "prediction": (None,),
-    "priority": (None, 0),
     "prompt_embeds": (None,),
     "prompt_logprobs": (None,),
     "reasoning_effort": (None,),
@@ -173,6 +169,12 @@ class _Generation(_Body):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     add_special_tokens: bool | None = None
+    # How the request is served (router.terms).
+    timeout: float | None = Field(None, gt=0)  # seconds
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    user: str | None = None
+    prompt_cache_key: str | None = None
+    cache_salt: str | None = None
 
     @property
     def token_limit(self) -> int | None:

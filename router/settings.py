@@ -24,7 +24,9 @@ class RouterSettings:
     tokenizer_json: Path
     tokenizer_config: Mapping[str, object] = field(default_factory=dict)
     generation_config: Mapping[str, object] = field(default_factory=dict)
-    policy: str = "least_loaded"  # a name in policy.POLICIES; for programs that embed the router, no setting sets it
+    policy: str = "prefix"  # a name in policy.POLICIES
+    max_queue: int = 1024  # requests that wait for their first token, over all workers; past it they are refused
+    request_timeout_s: float | None = None  # longest a request may take, whatever it asks for
     drain_s: float = 5.0  # how long requests in flight may finish on shutdown
     deadline_s: float = 60.0
     connect_s: float = 10.0  # longest wait for an attention worker to accept the router's connection

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from afd.rpc.convert import AttentionStatus
 from afd.types import ActivityTotals, HistogramTotals, Role, WorkerTotals, WorkerView
 
 _NOTHING = ActivityTotals(0.0, 0, 0, 0)
@@ -14,9 +15,11 @@ _COUNTED = "in every 61st call of experts."
 
 
 class WorkerMetrics(Collector):
-    """`views`: the workers as the controller saw them last; those that have not said anything yet are left out."""
+    """`views`: the workers as the controller saw them last; those that have not said anything yet are left out.
+    `statuses`: what attention workers said last to this router."""
 
     def __init__(self) -> None:
+        self.statuses: Sequence[AttentionStatus] = ()
         self.views: Sequence[WorkerView] = ()
 
     def collect(self) -> Iterator[Metric]:
@@ -26,6 +29,7 @@ class WorkerMetrics(Collector):
         ffn = [(str(v.rank), totals) for v, totals in workers if v.role is Role.FFN]
         yield from _attention(attention)
         yield from _ffn(ffn)
+        yield from _prefix_cache(self.statuses)
 
 
 def _every_worker(workers: list[tuple[WorkerView, WorkerTotals]]) -> Iterator[Metric]:
@@ -67,6 +71,17 @@ def _ffn(workers: list[tuple[str, WorkerTotals]]) -> Iterator[Metric]:
         expert_tokens.add_metric([rank], totals.expert_tokens)
         _add(sizes, rank, totals.work)
     yield from (calls, answers, expert_calls, expert_tokens, sizes)
+
+
+def _prefix_cache(statuses: Sequence[AttentionStatus]) -> Iterator[Metric]:
+    text = "Tokens of requests admitted by the worker."
+    queries = CounterMetricFamily("afd_prefix_cache_queries", text, labels=["attention_rank"])
+    text = "Those of them whose KV was there already."
+    hits = CounterMetricFamily("afd_prefix_cache_hits", text, labels=["attention_rank"])
+    for status in statuses:
+        queries.add_metric([str(status.attention_rank)], status.prefix_queries)
+        hits.add_metric([str(status.attention_rank)], status.prefix_hits)
+    yield from (queries, hits)
 
 
 def _add(family: HistogramMetricFamily, rank: str, histogram: HistogramTotals) -> None:

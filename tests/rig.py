@@ -42,6 +42,7 @@ class Result:
     """What one request got so far; `started` is set with its first token, `ended` with its last output."""
 
     tokens: list[SampledToken] = field(default_factory=list)
+    cached_tokens: int = 0
     finish: GenerateOutput | None = None
     started: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -135,6 +136,7 @@ def split(
     compiled: bool = False,
     dtype: DType = DType.FP32,
     dispatch_dtype: DType | None = None,
+    prefix_cache: bool = True,
 ) -> Iterator[Rig]:
     """The running system; ends with every thread joined. `compiled`: with the compiled kernels. `dispatch_dtype`:
     None is the model's."""
@@ -168,6 +170,7 @@ def split(
         for _, output in outputs:
             result = results[output.request_id]
             result.tokens.extend(output.tokens)
+            result.cached_tokens += output.cached_tokens
             if output.tokens:
                 result.started.set()
             if output.finish_reason:
@@ -198,6 +201,7 @@ def split(
                 microbatches=microbatches,
                 max_batch_tokens=max_batch_tokens,
                 max_running=max_running,
+                prefix_cache=prefix_cache,
             )
             engine = Engine(
                 family.attention(spec, cut(spec, weights, Role.ATTENTION), kernels),

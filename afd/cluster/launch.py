@@ -204,6 +204,9 @@ def _router_settings(router: Any, deployment: Deployment, files: library.ModelFi
         tokenizer_json=files.tokenizer_json,
         tokenizer_config=files.tokenizer_config,
         generation_config=files.generation_config,
+        policy=deployment.router.policy,
+        max_queue=deployment.router.max_queue,
+        request_timeout_s=deployment.router.request_timeout_s,
         drain_s=deployment.router.drain_s,
         deadline_s=deployment.transport.deadline_s + 30.0,  # the workers' own deadline runs out first and says more
     )

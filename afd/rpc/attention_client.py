@@ -19,7 +19,7 @@ from afd.errors import PeerLost, PeerTimeout
 from afd.rpc import attention_pb2 as pb
 from afd.rpc.attention_pb2_grpc import AttentionStub
 from afd.rpc.convert import AttentionStatus, output_from_proto, request_to_proto, status_from_proto
-from afd.types import GenerateOutput, GenerateRequest, SampledToken
+from afd.types import GenerateOutput, GenerateRequest, Refusal, SampledToken
 
 log = logging.getLogger(__name__)
 
@@ -194,8 +194,9 @@ class AttentionClient:
                 raise PeerTimeout(message, peer=self.peer) from None
             raise PeerLost(f"{self.peer} at {self.address}: {_reason(error)}", peer=self.peer) from None
 
-    def fail(self, sentence: str) -> None:
-        """Ends every request in flight with an error output saying `sentence`, and takes no more. Idempotent."""
+    def fail(self, sentence: str, refused: Refusal = "unavailable") -> None:
+        """Ends every request in flight with an error output saying `sentence`, and takes no more. `refused` "": not
+        for another worker to take either. Idempotent."""
         if self.lost:
             return
         self.lost = sentence
@@ -203,7 +204,7 @@ class AttentionClient:
         self._by_handle.clear()
         self.num_tokens = 0
         for request_id, entry in entries.items():
-            entry.inbox.put(GenerateOutput(request_id, finish_reason="error", error=sentence))
+            entry.inbox.put(GenerateOutput(request_id, finish_reason="error", error=sentence, refused=refused))
         self._on_lost()
 
     async def close(self) -> None:

@@ -14,11 +14,20 @@ class FinishReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FINISH_REASON_LENGTH: _ClassVar[FinishReason]
     FINISH_REASON_ERROR: _ClassVar[FinishReason]
     FINISH_REASON_CANCELLED: _ClassVar[FinishReason]
+
+class Refusal(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    REFUSAL_UNSPECIFIED: _ClassVar[Refusal]
+    REFUSAL_FULL: _ClassVar[Refusal]
+    REFUSAL_UNAVAILABLE: _ClassVar[Refusal]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_ERROR: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
+REFUSAL_UNSPECIFIED: Refusal
+REFUSAL_FULL: Refusal
+REFUSAL_UNAVAILABLE: Refusal
 
 class RouterMessage(_message.Message):
     __slots__ = ("submit", "cancel")
@@ -29,16 +38,20 @@ class RouterMessage(_message.Message):
     def __init__(self, submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling", "handle")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling", "handle", "priority", "cache_salt")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     HANDLE_FIELD_NUMBER: _ClassVar[int]
+    PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling: Sampling
     handle: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., handle: _Optional[int] = ...) -> None: ...
+    priority: int
+    cache_salt: str
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., handle: _Optional[int] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id",)
@@ -87,20 +100,24 @@ class StepOutputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., handles: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("request_id", "tokens", "finish_reason", "stop_token_id", "error", "client_error")
+    __slots__ = ("request_id", "tokens", "finish_reason", "stop_token_id", "error", "client_error", "cached_tokens", "refused")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     STOP_TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ERROR_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     tokens: _containers.RepeatedCompositeFieldContainer[Token]
     finish_reason: FinishReason
     stop_token_id: int
     error: str
     client_error: bool
-    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[str] = ..., client_error: _Optional[bool] = ...) -> None: ...
+    cached_tokens: int
+    refused: Refusal
+    def __init__(self, request_id: _Optional[str] = ..., tokens: _Optional[_Iterable[_Union[Token, _Mapping]]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[str] = ..., client_error: _Optional[bool] = ..., cached_tokens: _Optional[int] = ..., refused: _Optional[_Union[Refusal, str]] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("token_id", "logprob", "top_logprobs")
@@ -125,7 +142,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("attention_rank", "state", "problem", "running", "waiting", "blocks_total", "blocks_used", "steps", "generated_tokens", "prompt_tokens", "preemptions", "max_context", "microbatches", "waiting_tokens")
+    __slots__ = ("attention_rank", "state", "problem", "running", "waiting", "blocks_total", "blocks_used", "steps", "generated_tokens", "prompt_tokens", "preemptions", "max_context", "microbatches", "waiting_tokens", "prefix_queries", "prefix_hits", "running_tokens", "free_tokens")
     ATTENTION_RANK_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
@@ -140,6 +157,10 @@ class StatusReply(_message.Message):
     MAX_CONTEXT_FIELD_NUMBER: _ClassVar[int]
     MICROBATCHES_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_HITS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FREE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     attention_rank: int
     state: str
     problem: str
@@ -154,4 +175,8 @@ class StatusReply(_message.Message):
     max_context: int
     microbatches: int
     waiting_tokens: int
-    def __init__(self, attention_rank: _Optional[int] = ..., state: _Optional[str] = ..., problem: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_used: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., max_context: _Optional[int] = ..., microbatches: _Optional[int] = ..., waiting_tokens: _Optional[int] = ...) -> None: ...
+    prefix_queries: int
+    prefix_hits: int
+    running_tokens: int
+    free_tokens: int
+    def __init__(self, attention_rank: _Optional[int] = ..., state: _Optional[str] = ..., problem: _Optional[str] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_used: _Optional[int] = ..., steps: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., max_context: _Optional[int] = ..., microbatches: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., prefix_queries: _Optional[int] = ..., prefix_hits: _Optional[int] = ..., running_tokens: _Optional[int] = ..., free_tokens: _Optional[int] = ...) -> None: ...

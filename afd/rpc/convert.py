@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from afd.errors import RequestError
 from afd.rpc import attention_pb2 as pb
-from afd.types import FinishReason, GenerateOutput, GenerateRequest, SampledToken, SamplingParams
+from afd.types import FinishReason, GenerateOutput, GenerateRequest, Refusal, SampledToken, SamplingParams
 
 _FINISH_TO_PROTO: dict[FinishReason | None, pb.FinishReason] = {
     None: pb.FINISH_REASON_UNSPECIFIED,
@@ -22,6 +22,13 @@ _FINISH_TO_PROTO: dict[FinishReason | None, pb.FinishReason] = {
     "cancelled": pb.FINISH_REASON_CANCELLED,
 }
 _FINISH_FROM_PROTO: dict[int, FinishReason | None] = {number: name for name, number in _FINISH_TO_PROTO.items()}
+
+_REFUSAL_TO_PROTO: dict[Refusal, pb.Refusal] = {
+    "": pb.REFUSAL_UNSPECIFIED,
+    "full": pb.REFUSAL_FULL,
+    "unavailable": pb.REFUSAL_UNAVAILABLE,
+}
+_REFUSAL_FROM_PROTO: dict[int, Refusal] = {number: name for name, number in _REFUSAL_TO_PROTO.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +49,10 @@ class AttentionStatus:
     max_context: int = 0  # tokens, prompt and answer together
     microbatches: int = 0
     waiting_tokens: int = 0  # prompt tokens not computed yet
+    prefix_queries: int = 0  # tokens of requests admitted since the start
+    prefix_hits: int = 0  # those of them whose KV was there already
+    running_tokens: int = 0  # of requests that hold KV blocks
+    free_tokens: int = 0  # that the free KV blocks hold; those that only cache are free
 
 
 def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
@@ -51,6 +62,8 @@ def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
         request_id=request.request_id,
         handle=handle,
         prompt_token_ids=request.prompt_token_ids,
+        priority=request.priority,
+        cache_salt=request.cache_salt,
         sampling=pb.Sampling(
             max_tokens=sampling.max_tokens,
             min_tokens=sampling.min_tokens,
@@ -90,7 +103,9 @@ def request_from_proto(message: pb.Submit) -> GenerateRequest:
     _demand(message.request_id != "", "request_id", message.request_id, "not be empty")
     _demand(len(message.prompt_token_ids) > 0, "prompt_token_ids", [], "hold at least one token")
     check_sampling(params)
-    return GenerateRequest(message.request_id, tuple(message.prompt_token_ids), params)
+    return GenerateRequest(
+        message.request_id, tuple(message.prompt_token_ids), params, message.priority, message.cache_salt
+    )
 
 
 def check_sampling(params: SamplingParams) -> None:
@@ -138,11 +153,13 @@ def output_to_proto(output: GenerateOutput) -> pb.Output:
         stop_token_id=output.stop_token_id,
         error=output.error,
         client_error=output.client_error,
+        cached_tokens=output.cached_tokens,
+        refused=_REFUSAL_TO_PROTO[output.refused],
     )
 
 
 def output_from_proto(message: pb.Output) -> GenerateOutput:
-    """Raises KeyError for a finish reason that this version does not know."""
+    """Raises KeyError for a finish reason or refusal that this version does not know."""
     return GenerateOutput(
         request_id=message.request_id,
         tokens=tuple([_token_from_proto(token) for token in message.tokens]),
@@ -150,6 +167,8 @@ def output_from_proto(message: pb.Output) -> GenerateOutput:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         error=message.error,
         client_error=message.client_error,
+        cached_tokens=message.cached_tokens,
+        refused=_REFUSAL_FROM_PROTO[message.refused],
     )
 
 

@@ -28,8 +28,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(model: Path) -> Iterator[Serving]:
-    with serving(model, "--backend", "local", "--topology", "2A1F", "--dtype", "fp32") as running:
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    file = tmp_path_factory.mktemp("deployment") / "small.yaml"
+    file.write_text("attention:\n  kv_cache_gib: 0.008\n")  # so little that the prefix cache is soon full
+    with serving(model, str(file), "--backend", "local", "--topology", "2A1F", "--dtype", "fp32") as running:
         yield running
 
 

@@ -166,3 +166,30 @@ def test_draining_lets_running_requests_end_and_refuses_new_ones() -> None:
         assert rig.engines[0].drain(SECONDS)
         assert len(finished(running).tokens) == 8
         assert "shutting down" in error_of(rig.submit("late", [1], GREEDY))
+
+
+def test_a_refusal_says_whether_another_worker_may_help() -> None:
+    with split(SPEC, weights_of(SPEC)) as rig:
+        requests = rig.engines[0].requests
+        requests.max_waiting = 0
+        full = rig.submit("full", [1, 2], GREEDY)
+        assert "attention.max_waiting" in error_of(full)
+        requests.max_waiting = 100
+        assert rig.engines[0].drain(SECONDS)
+        draining = rig.submit("late", [1, 2], GREEDY)
+        assert "shutting down" in error_of(draining)
+        wrong = rig.submit("wrong", [], GREEDY)
+        assert "empty" in error_of(wrong)
+        assert [r.finish.refused for r in (full, draining, wrong) if r.finish] == ["full", "unavailable", ""]
+
+
+def test_a_shared_prefix_is_reported_with_the_first_token_and_survives_a_cancellation() -> None:
+    prompt = list(range(40))
+    with split(SPEC, weights_of(SPEC)) as rig:
+        victim = rig.submit("victim", prompt, LONG)
+        assert victim.started.wait(SECONDS)
+        rig.engines[0].cancel(0, "victim")
+        again = finished(rig.submit("again", prompt, GREEDY))
+        other = finished(rig.submit("other", [*prompt[:20], 99], GREEDY))
+        assert (victim.cached_tokens, again.cached_tokens, other.cached_tokens) == (0, 36, 20)
+        rig.check_idle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -13,9 +14,12 @@ from attention_worker.block_manager import BlockManager
 from attention_worker.scheduler import Batch, Scheduler
 from attention_worker.sequence import Sequence
 
+numbers = itertools.count()
+
 
 def sequence(name: str, prompt: int, max_tokens: int, max_context: int = 10_000) -> Sequence:
-    request = GenerateRequest(name, tuple(range(prompt)), SamplingParams(max_tokens=max_tokens))
+    """Its prompt has nothing in common with others', so that all of it is computed."""
+    request = GenerateRequest(name, (next(numbers),) * prompt, SamplingParams(max_tokens=max_tokens))
     return Sequence(request, 0, max_context)
 
 

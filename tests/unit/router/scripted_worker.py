@@ -104,6 +104,8 @@ class ScriptedWorker(AttentionServicer):
         self.streams_ended: queue.Queue[None] = queue.Queue()
         self.steps = 0
         self.max_context = 0  # in Status; 0: does not say
+        self.state = "ready"
+        self.busy_tokens = 0  # what it computes for others
         self.on_status: Callable[[], None] = lambda: None
         self.steps_on_status = 0  # how many steps every Status call finds done since the last
         self._do(self._start())
@@ -166,12 +168,17 @@ class ScriptedWorker(AttentionServicer):
         return status_to_proto(
             AttentionStatus(
                 self.attention_rank,
+                self.state,
                 running=1,
                 waiting=2,
                 blocks_total=64,
                 blocks_used=3,
                 steps=self.steps,
                 max_context=self.max_context,
+                prefix_queries=90,
+                prefix_hits=60,
+                running_tokens=self.busy_tokens,
+                free_tokens=1024,
             )
         )
 

@@ -144,7 +144,6 @@ def test_switches_of_vllm_that_are_off_are_accepted_by_both_endpoints(router):
         "include_stop_str_in_output": False,
         "echo": False,
         "truncate_prompt_tokens": None,
-        "priority": 0,
         "request_id": "mine",
         "stream": True,
         "stream_options": {"include_obfuscation": False, "continuous_usage_stats": False},

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from afd.rpc.attention_client import Inbox
 from afd.types import GenerateOutput, SampledToken, SamplingParams
+from router.admission import Admission
 from router.choice import Delta, TextRules
 from router.counts import Count, Spread
 from router.generation import at_once
@@ -22,7 +23,7 @@ from router.responses import ChatShape, CompletionShape, Style
 class OneWorker:
     """Stands for pool and client: the test plays the worker."""
 
-    def submit(self, request, inbox):
+    def submit(self, request, inbox, session="", tried=()):
         self.inbox = inbox
         return self
 
@@ -32,8 +33,8 @@ class OneWorker:
 
 def opened(tokenizer, **rules):
     worker, job = OneWorker(), Job("j", ((5,),), (SamplingParams(),), n=1, rules=TextRules(**rules))
-    stream = Stream(job, Metrics())
-    stream.submit(job.choices(tokenizer), worker)
+    stream = Stream(job, Metrics(), worker, Admission(8))
+    stream.submit(job.choices(tokenizer))
     return worker, stream
 
 

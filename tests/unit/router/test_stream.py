@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 
 from afd.types import GenerateOutput, SampledToken, SamplingParams
+from router.admission import Admission
 from router.choice import TextRules
 from router.metrics import Metrics
 from router.relay import Job, Stream
@@ -14,7 +15,7 @@ class OneWorker:
     def __init__(self):
         self.cancelled = []
 
-    def submit(self, request, inbox):
+    def submit(self, request, inbox, session="", tried=()):
         self.inbox = inbox
         return self
 
@@ -28,8 +29,8 @@ def test_what_a_stopped_choice_still_sends_does_not_end_the_others(tokenizer):
 
     async def play():
         worker, job = OneWorker(), Job("j", ((5,),), (SamplingParams(),), n=2, rules=TextRules(stops=("a",)))
-        stream = Stream(job, Metrics())
-        stream.submit(job.choices(tokenizer), worker)
+        stream = Stream(job, Metrics(), worker, Admission(8))
+        stream.submit(job.choices(tokenizer))
         a, b = (SampledToken(*tokenizer.encode(text, special=False)) for text in "ab")
         worker.inbox.put(GenerateOutput("j-0", (a,)))
         first = await stream.next()

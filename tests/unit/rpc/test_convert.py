@@ -43,7 +43,14 @@ sampling = st.integers(0, 100).flatmap(
         logprobs=st.none() | st.integers(0, 20),
     )
 )
-requests = st.builds(GenerateRequest, st.text(min_size=1), st.lists(ids, min_size=1, max_size=9).map(tuple), sampling)
+requests = st.builds(
+    GenerateRequest,
+    st.text(min_size=1),
+    st.lists(ids, min_size=1, max_size=9).map(tuple),
+    sampling,
+    st.integers(-(2**31), 2**31 - 1),
+    st.text(),
+)
 tokens = st.one_of(
     st.builds(SampledToken, ids),
     st.builds(SampledToken, ids, single, st.lists(st.tuples(ids, single), max_size=3).map(tuple)),
@@ -56,6 +63,8 @@ outputs = st.builds(
     st.none() | ids,
     st.text(),
     st.booleans(),
+    ids,
+    st.sampled_from(["", "full", "unavailable"]),
 )
 
 
@@ -72,7 +81,7 @@ def test_an_output_comes_out_of_its_message_as_it_went_in(output):
 
 
 def test_a_status_comes_out_of_its_message_as_it_went_in():
-    status = AttentionStatus(3, "draining", "it drains", *range(1, 12))
+    status = AttentionStatus(3, "draining", "it drains", *range(1, 16))
     assert status_from_proto(status_to_proto(status)) == status
     assert set(AttentionStatus.__slots__) == {field.name for field in pb.StatusReply.DESCRIPTOR.fields}
 

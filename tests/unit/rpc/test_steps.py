@@ -19,6 +19,7 @@ outputs = st.builds(
     st.none() | ids,
     st.sampled_from(["", "", "broken"]),
     st.booleans(),
+    st.sampled_from([0, 0, 9]),
 )
 ordinary = st.builds(GenerateOutput, st.sampled_from(NAMES), st.builds(SampledToken, ids).map(lambda token: (token,)))
 
