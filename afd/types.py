@@ -78,6 +78,15 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs at all
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token_id, what is added to its logit), by token_id
+    allowed_token_ids: tuple[int, ...] = ()  # no others; (): all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of generated tokens that are never completed
+
+    @property
+    def named_token_ids(self) -> list[int]:
+        """Every token id that these parameters name; all must be in the vocabulary."""
+        biased = [token_id for token_id, _ in self.logit_bias]
+        return [*self.stop_token_ids, *biased, *self.allowed_token_ids, *(i for word in self.bad_words for i in word)]
 
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -111,6 +120,7 @@ class GenerateOutput:
     stop_token_id: int | None = None  # the EOS or stop token that ended it, when one did
     error: str = ""  # one sentence, with finish_reason "error"
     client_error: bool = False  # the request itself was at fault (HTTP 400, not 503)
+    queue_s: float | None = None  # with the first token: seconds from the worker's taking it to its first step
 
 
 @dataclass(frozen=True, slots=True)

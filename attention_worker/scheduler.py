@@ -109,6 +109,8 @@ class Scheduler:
             sequence = self.waiting.popleft()
             grown = self.blocks.grow(sequence.block_table, len(sequence.token_ids))
             assert grown, "an admissible sequence found no blocks"
+            if sequence.scheduled_s is None:
+                sequence.scheduled_s = time.monotonic()
             self.running.append(sequence)
             self.running.sort(key=lambda s: s.order)
             left -= self._take(sequence, left, chunks)

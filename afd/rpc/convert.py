@@ -65,6 +65,9 @@ def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
             ignore_eos=sampling.ignore_eos,
             stop_token_ids=sampling.stop_token_ids,
             logprobs=sampling.logprobs,
+            logit_bias=dict(sampling.logit_bias),
+            allowed_token_ids=sampling.allowed_token_ids,
+            bad_words=[pb.TokenIds(ids=ids) for ids in sampling.bad_words],
         ),
     )
 
@@ -86,6 +89,9 @@ def request_from_proto(message: pb.Submit) -> GenerateRequest:
         ignore_eos=sampling.ignore_eos,
         stop_token_ids=tuple(sampling.stop_token_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
     )
     _demand(message.request_id != "", "request_id", message.request_id, "not be empty")
     _demand(len(message.prompt_token_ids) > 0, "prompt_token_ids", [], "hold at least one token")
@@ -115,6 +121,9 @@ def check_sampling(params: SamplingParams) -> None:
     _demand(math.isfinite(params.frequency_penalty), "frequency_penalty", params.frequency_penalty, "be finite")
     _demand(math.isfinite(params.presence_penalty), "presence_penalty", params.presence_penalty, "be finite")
     _demand(params.logprobs is None or params.logprobs >= 0, "logprobs", params.logprobs, "be at least 0")
+    for token_id, bias in params.logit_bias:
+        _demand(math.isfinite(bias), f"logit_bias[{token_id}]", bias, "be finite")
+    _demand(all(params.bad_words), "bad_words", params.bad_words, "hold no empty word")
 
 
 def _demand(holds: bool, param: str, value: object, rule: str) -> None:
@@ -138,6 +147,7 @@ def output_to_proto(output: GenerateOutput) -> pb.Output:
         stop_token_id=output.stop_token_id,
         error=output.error,
         client_error=output.client_error,
+        queue_s=output.queue_s,
     )
 
 
@@ -150,6 +160,7 @@ def output_from_proto(message: pb.Output) -> GenerateOutput:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         error=message.error,
         client_error=message.client_error,
+        queue_s=message.queue_s if message.HasField("queue_s") else None,
     )
 
 

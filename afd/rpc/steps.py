@@ -54,4 +54,5 @@ def _ordinary(output: GenerateOutput) -> bool:
         and output.stop_token_id is None
         and not output.error
         and not output.client_error
+        and output.queue_s is None
     )
