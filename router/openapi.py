@@ -8,6 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from router.debug import MAX_SECONDS
 from router.fields import MAX_BIASES
 from router.front_door import OPEN_PATHS
 from router.schema import MAX_STOPS, ChatRequest, CompletionRequest
@@ -20,6 +21,12 @@ _BODIES = {
     "/v1/completions": (CompletionRequest,),
     "/tokenize": (TokenizePrompt, TokenizeChat),
     "/detokenize": (Detokenize,),
+}
+_QUERIES: dict[str, list[Schema]] = {
+    "/debug/timeline": [
+        {"name": "seconds", "in": "query", "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SECONDS}},
+        {"name": "format", "in": "query", "schema": {"type": "string", "enum": ["trace", "summary"]}},
+    ]
 }
 _STREAMED = ("/v1/chat/completions", "/v1/completions")
 _TEXTS: Schema = {"type": "string", "minLength": 1}
@@ -120,6 +127,8 @@ def _complete(operation: Schema, path: str) -> None:
         answers.setdefault(status, {"description": text, "content": error})
     if path == "/metrics":
         answers["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    if path in _QUERIES:
+        operation["parameters"] = _QUERIES[path]
     if path in _STREAMED:
         answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     if path in _BODIES:

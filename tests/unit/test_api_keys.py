@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from afd import api_keys, env
+from afd.commands import http
 from afd.errors import ConfigError
 
 
@@ -45,3 +46,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="UTF-8"):
         api_keys.read(tmp_path / "bytes")
+
+
+def test_commands_send_the_first_key_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AFD_API_KEYS", "first,second")
+    with http.client("http://127.0.0.1:1") as session:
+        assert session.headers["Authorization"] == "Bearer first"
+    monkeypatch.delenv("AFD_API_KEYS")
+    with http.client("http://127.0.0.1:1") as session:
+        assert "Authorization" not in session.headers
