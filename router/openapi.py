@@ -67,21 +67,33 @@ _BIAS: Schema = {
 _WIDER |= {(name, "stop"): _STOP for name in ("ChatRequest", "CompletionRequest")}
 _WIDER |= {(name, "logit_bias"): {"anyOf": [_BIAS, _NULL]} for name in ("ChatRequest", "CompletionRequest")}
 
-_ERROR: Schema = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
+
+def _object(**properties: Schema) -> Schema:
+    """An object that has all of these, and may have more."""
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+_INTEGER: Schema = {"type": "integer"}
+_STRING: Schema = {"type": "string"}
+_USAGE = _object(prompt_tokens=_INTEGER, completion_tokens=_INTEGER, total_tokens=_INTEGER)
+_REASON: Schema = {"enum": ["stop", "length", "tool_calls"]}
+_PERHAPS: Schema = {"type": ["string", "null"]}
+_ERROR = _object(error=_object(message=_STRING, type=_STRING, param=_PERHAPS, code=_PERHAPS))
+_HEAD: dict[str, Schema] = {"id": _STRING, "created": _INTEGER, "model": _STRING, "usage": _USAGE}
+_CHAT_CHOICE = _object(index=_INTEGER, message=_object(role={"const": "assistant"}), finish_reason=_REASON)
+_COMPLETION_CHOICE = _object(index=_INTEGER, text=_STRING, finish_reason=_REASON)
+_IDS: Schema = {"type": "array", "items": _INTEGER}
+_ANSWERS = {
+    "/v1/chat/completions": _object(
+        object={"const": "chat.completion"}, choices={"type": "array", "items": _CHAT_CHOICE}, **_HEAD
+    ),
+    "/v1/completions": _object(
+        object={"const": "text_completion"}, choices={"type": "array", "items": _COMPLETION_CHOICE}, **_HEAD
+    ),
+    "/tokenize": _object(count=_INTEGER, max_model_len=_INTEGER, tokens=_IDS),
+    "/detokenize": _object(prompt=_STRING),
+    "/version": _object(version=_STRING),
+    "/v1/models": _object(object={"const": "list"}, data={"type": "array"}),
 }
 _REFUSALS = {
     "400": "The request cannot be served; `param` names the field at fault.",
@@ -125,12 +137,14 @@ def _complete(operation: Schema, path: str) -> None:
     answers.pop("422", None)  # the framework's own; there are no bodies that it checks
     for status, text in _REFUSALS.items():
         answers.setdefault(status, {"description": text, "content": error})
+    if path in _ANSWERS:
+        answers["200"]["content"] = {"application/json": {"schema": _ANSWERS[path]}}
     if path == "/metrics":
         answers["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     if path in _QUERIES:
         operation["parameters"] = _QUERIES[path]
     if path in _STREAMED:
-        answers["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        answers["200"]["content"]["text/event-stream"] = {}  # chunks; OpenAPI has no words for them
     if path in _BODIES:
         kinds = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in _BODIES[path]]
         schema = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}

@@ -17,7 +17,9 @@ from tests import tiny
 from tests.system.serving import Serving, serving
 
 schemathesis = pytest.importorskip("schemathesis")
+conformance = pytest.importorskip("schemathesis.specs.openapi.checks")
 
+CHECKS = [conformance.response_schema_conformance, conformance.status_code_conformance]
 EXAMPLES = {"POST": 100, "GET": 10}  # of each operation; those without a body have little to vary
 SECONDS = 10.0  # longest wait for an answer
 OPERATIONS = (
@@ -60,7 +62,6 @@ def test_no_request_that_the_document_suggests_ends_in_a_500_or_a_hang(
     schema = schemathesis.openapi.from_dict(document)
     operation = schema[path][method]
     good, bad = (operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode)
-    described = document["paths"][path][method.lower()]["responses"]
     seen: set[int] = set()
 
     @settings(
@@ -77,10 +78,8 @@ def test_no_request_that_the_document_suggests_ends_in_a_500_or_a_hang(
         response = case.call(base_url=server.url, timeout=SECONDS)
         seen.add(response.status_code)
         assert response.status_code < 500, f"{case.as_curl_command()}\n{response.text}"
-        if response.status_code >= 400 and response.status_code != 405:
-            error = response.json()["error"]
-            assert set(error) == {"message", "type", "param", "code"}, case.as_curl_command()
-            assert str(response.status_code) in described, f"{response.status_code} is not in the document"
+        if response.status_code != 405:
+            case.validate_response(response, checks=CHECKS)
 
     ask()
     assert 200 in seen or path == "/v1/models/{model_id}", f"no request was served: {seen}"
