@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from router.debug import MAX_SECONDS
+from router.debug import MAX_SECONDS, MIN_SECONDS
 from router.fields import MAX_BIASES
 from router.front_door import OPEN_PATHS
 from router.schema import MAX_STOPS, ChatRequest, CompletionRequest
@@ -24,7 +24,11 @@ _BODIES = {
 }
 _QUERIES: dict[str, list[Schema]] = {
     "/debug/timeline": [
-        {"name": "seconds", "in": "query", "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_SECONDS}},
+        {
+            "name": "seconds",
+            "in": "query",
+            "schema": {"type": "number", "minimum": MIN_SECONDS, "maximum": MAX_SECONDS},
+        },
         {"name": "format", "in": "query", "schema": {"type": "string", "enum": ["trace", "summary"]}},
     ]
 }

@@ -20,7 +20,7 @@ schemathesis = pytest.importorskip("schemathesis")
 conformance = pytest.importorskip("schemathesis.specs.openapi.checks")
 
 CHECKS = [conformance.response_schema_conformance, conformance.status_code_conformance]
-EXAMPLES = {"POST": 100, "GET": 10}  # of each operation; those without a body have little to vary
+EXAMPLES = {"POST": 60, "GET": 10}  # of each operation; those without a body have little to vary
 SECONDS = 10.0  # longest wait for an answer
 OPERATIONS = (
     ("POST", "/v1/chat/completions"),
