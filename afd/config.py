@@ -10,9 +10,10 @@ import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from afd.errors import ConfigError
 from afd.topology import Sharding, Topology
@@ -28,6 +29,21 @@ class _Section(BaseModel):
 Count = Annotated[int, Field(ge=1)]
 Gib = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
+
+
+def _http_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError("must be a URL like http://127.0.0.1:4318")
+    return text
+
+
+def _origins(origins: list[str]) -> list[str]:
+    for origin in origins:
+        parts = urlsplit(origin)
+        if origin != "*" and (not parts.scheme or not parts.netloc or parts.path or parts.query or parts.fragment):
+            raise ValueError(f"holds {origin!r}; an origin is '*' or like https://example.org, without a path")
+    return origins
 
 
 class Resources(_Section):
@@ -97,6 +113,19 @@ class ClusterSection(_Section):
     start_s: float = Field(600.0, gt=0)  # longest wait for a worker to load its weights
 
 
+class PricesSection(_Section):
+    """USD per hour of one worker. With both, the metrics say what tokens cost."""
+
+    attention: Amount | None = None
+    ffn: Amount | None = None
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> PricesSection:
+        if (self.attention is None) != (self.ffn is None):
+            raise ValueError("needs the prices of both roles, attention and ffn, or of neither")
+        return self
+
+
 class RouterSection(_Section):
     """The HTTP front door."""
 
@@ -108,6 +137,15 @@ class RouterSection(_Section):
     request_timeout_s: Annotated[float, Field(gt=0)] | None = (
         None  # longest a request may take; clients may ask for less
     )
+    api_keys_file: str | None = Field(None, min_length=1)  # a key a line; besides them, those in AFD_API_KEYS
+    cors_origins: Annotated[list[str], AfterValidator(_origins)] = Field(default_factory=list)
+    max_body_mib: float = Field(32.0, gt=0, le=1024)
+    max_header_kib: float = Field(64.0, ge=1, le=1024)  # of one request, its first line included
+    max_headers: int = Field(100, ge=10, le=10_000)
+    trust_request_chat_template: bool = False  # a template is a program, and may run for as long as it likes
+    log_format: Literal["text", "json"] | None = None  # None: as AFD_LOG_FORMAT says
+    otlp_endpoint: Annotated[str, AfterValidator(_http_url)] | None = None  # None: OTEL_EXPORTER_OTLP_ENDPOINT
+    prices: PricesSection = PricesSection()
 
 
 class Deployment(_Section):

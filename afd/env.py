@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from afd import api_keys
 from afd.errors import ConfigError
 
 KNOWN = {
+    "AFD_API_KEYS": "keys that clients must send, separated by commas; afd's own commands send the first",
     "AFD_CACHE": "folder for prepared models (default ~/.cache/afd)",
     "AFD_KERNELS": "auto: compiled CPU kernels where there is a compiler; native: insist on them; plain: torch only",
     "AFD_LOG": "log level: debug, info, warning or error (default info)",
+    "AFD_LOG_FORMAT": "text, or json: one object a line (default text)",
 }
 KERNELS = ("auto", "native", "plain")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,8 @@ class Environment:
     cache: Path
     log_level: str
     kernels: str
+    log_format: str = "text"
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
 
 
 def read(environ: Mapping[str, str] = os.environ) -> Environment:
@@ -37,8 +43,11 @@ def read(environ: Mapping[str, str] = os.environ) -> Environment:
             raise ConfigError(f"{name} is {value!r}; choose one of {', '.join(choices)}")
         return value
 
+    keys = environ.get("AFD_API_KEYS")
     return Environment(
         cache=Path(environ.get("AFD_CACHE") or "~/.cache/afd").expanduser(),
         log_level=choice("AFD_LOG", LOG_LEVELS, "info"),
         kernels=choice("AFD_KERNELS", KERNELS, "auto"),
+        log_format=choice("AFD_LOG_FORMAT", LOG_FORMATS, "text"),
+        api_keys=() if keys is None else api_keys.parse(keys.split(","), "AFD_API_KEYS"),
     )

@@ -78,6 +78,15 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs at all
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token_id, what is added to its logit), by token_id
+    allowed_token_ids: tuple[int, ...] = ()  # no others; (): all
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of generated tokens that are never completed
+
+    @property
+    def named_token_ids(self) -> list[int]:
+        """Every token id that these parameters name; all must be in the vocabulary."""
+        biased = [token_id for token_id, _ in self.logit_bias]
+        return [*self.stop_token_ids, *biased, *self.allowed_token_ids, *(i for word in self.bad_words for i in word)]
 
 
 FinishReason = Literal["stop", "length", "error", "cancelled"]
@@ -119,6 +128,7 @@ class GenerateOutput:
     client_error: bool = False  # the request itself was at fault (HTTP 400, not 503)
     cached_tokens: int = 0  # of the prompt, found computed already; said with the first token
     refused: Refusal = ""  # with finish_reason "error"
+    queue_s: float | None = None  # with the first token: seconds from the worker's taking it to its first step
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,7 +122,7 @@ class Requests:
         """Why the request can never be served, in a sentence; "" when it can."""
         request = sequence.request
         prompt, limit = len(request.prompt_token_ids), self.max_context
-        used = [*request.prompt_token_ids, *request.sampling.stop_token_ids]
+        used = [*request.prompt_token_ids, *request.sampling.named_token_ids]
         if sequence.key in self._living:
             return f"request_id {request.request_id!r} is already in use on this connection"
         if not prompt:

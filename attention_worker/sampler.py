@@ -1,8 +1,8 @@
 """Chooses the next token of each row of logits. Rows do not influence one another.
 
-Order of treatment (as vLLM's): penalties, minimum length, temperature, then min_p, top_k and top_p filters. The draw
-for a token is a pure function of (seed, position), so a request gives the same text after preemption, in another
-batch, or on another worker. Log-probabilities are of the model's own distribution, before any treatment.
+Order of treatment (as vLLM's): masks and biases, penalties, minimum length, temperature, then min_p, top_k and top_p
+filters. The draw for a token is a pure function of (seed, position), so a request gives the same text after preemption,
+in another batch, or on another worker. Log-probabilities are of the model's own distribution, before any treatment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from afd.native.packed import best_columns
 from afd.types import SampledToken, SamplingParams
+from attention_worker import bias
 from attention_worker.sequence import Sequence
 
 
@@ -32,6 +33,7 @@ class Sampler:
         wants = [s.request.sampling.logprobs for s in sequences]
         raw = torch.log_softmax(logits, dim=-1) if any(w is not None for w in wants) else None
         for row, sequence in enumerate(sequences):
+            bias.apply(logits[row], sequence)
             self._penalise(logits[row], sequence)
         chosen = self._choose(logits, sequences)
         if raw is None:

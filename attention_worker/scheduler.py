@@ -186,6 +186,8 @@ class Scheduler:
         self.prefixes.admit(sequence, shared)
         grown = self.blocks.grow(sequence.block_table, len(sequence.token_ids))
         assert grown, "an admissible sequence found no blocks"
+        if sequence.scheduled_s is None:
+            sequence.scheduled_s = time.monotonic()
         insort(self.running, sequence, key=_urgency)
         self._next_is_known = False
 

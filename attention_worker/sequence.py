@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, Refusal, SampledToken
@@ -13,7 +14,8 @@ class Sequence:
     """Prompt and generated tokens, and the blocks that hold the KV of the first `num_computed` of them.
 
     `owner` names the router connection that asked; its outputs go there. `seed` is the request's, or a random one,
-    so that (seed, position) always gives the same draw, whatever batch or worker computes it.
+    so that (seed, position) always gives the same draw, whatever batch or worker computes it. `arrived_s` and
+    `scheduled_s` (its first step; None: it still waits) are monotonic times.
     """
 
     request: GenerateRequest
@@ -30,6 +32,8 @@ class Sequence:
     in_flight: bool = False
     cancelled: bool = False
     order: int = 0  # admission order given by the scheduler; lower is older
+    arrived_s: float = field(default_factory=time.monotonic)
+    scheduled_s: float | None = None
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
@@ -59,7 +63,9 @@ class Sequence:
         self.token_ids.append(token.token_id)
         reason, stop_token_id = self._finish(token.token_id, eos_token_ids)
         cached = (self.num_cached or 0) if self.num_generated == 1 else 0
-        return GenerateOutput(self.request.request_id, (token,), reason, stop_token_id, cached_tokens=cached)
+        return GenerateOutput(
+            self.request.request_id, (token,), reason, stop_token_id, cached_tokens=cached, queue_s=self._queue_s()
+        )
 
     def end(
         self, reason: FinishReason, error: str = "", *, client_error: bool = False, refused: Refusal = ""
@@ -68,6 +74,12 @@ class Sequence:
         return GenerateOutput(
             self.request.request_id, (), reason, error=error, client_error=client_error, refused=refused
         )
+
+    def _queue_s(self) -> float | None:
+        """How long it waited; said once, with the first token."""
+        if self.scheduled_s is None or self.num_generated != 1:
+            return None
+        return self.scheduled_s - self.arrived_s
 
     def _finish(self, token_id: int, eos_token_ids: tuple[int, ...]) -> tuple[FinishReason | None, int | None]:
         sampling = self.request.sampling

@@ -17,10 +17,11 @@ from starlette.responses import Response
 
 from afd.errors import ClusterError, ConfigError
 from afd.types import ClusterView
-from router import errors
+from router import errors, openapi
 from router.debug import Debug, Timelines, nobody
-from router.gateway import Gateway
-from router.generation import KeepServerSend
+from router.front_door import FrontDoor
+from router.gateway import VERSION, Gateway
+from router.http_protocol import limited
 from router.live import Live
 from router.page import Page
 from router.settings import RouterSettings
@@ -38,7 +39,8 @@ def create_app(settings: RouterSettings, watch: Callable[[], ClusterView], timel
     called on the application's event loop; `timelines` (afd.cluster.controller.Cluster.timelines) may take seconds, and
     is called on a thread.
 
-    Raises CheckpointError for a damaged tokenizer or chat template, ConfigError for an unknown policy.
+    Raises CheckpointError for a damaged tokenizer or chat template, ConfigError for an unknown policy or spans without
+    their packages.
     """
     gateway = Gateway(settings, watch)
 
@@ -49,19 +51,29 @@ def create_app(settings: RouterSettings, watch: Callable[[], ClusterView], timel
             yield
         finally:
             await gateway.pool.close()
+            await gateway.close()
 
-    app = FastAPI(title="afd", lifespan=lifespan, openapi_url=None)
+    # Swagger's and ReDoc's pages would load their parts from elsewhere; the document itself is at /openapi.json.
+    app = FastAPI(title="afd", version=VERSION, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gateway = gateway
-    app.add_api_route("/v1/chat/completions", gateway.chat_completions, methods=["POST"])
-    app.add_api_route("/v1/completions", gateway.completions, methods=["POST"])
-    app.add_api_route("/v1/models", gateway.models, methods=["GET"])
-    app.add_api_route("/v1/models/{model_id:path}", gateway.model, methods=["GET"])
-    app.add_api_route("/health", gateway.health, methods=["GET"])
-    app.add_api_route("/metrics", gateway.metrics, methods=["GET"])
-    app.add_api_route("/status", gateway.status, methods=["GET"])
-    app.add_api_route("/status/pipeline", Live(gateway, timelines).pipeline, methods=["GET"])
-    app.add_api_route("/debug/timeline", Debug(timelines).timeline, methods=["GET"])
+    for path, method, endpoint in (
+        ("/v1/chat/completions", "POST", gateway.chat_completions),
+        ("/v1/completions", "POST", gateway.completions),
+        ("/v1/models", "GET", gateway.models),
+        ("/v1/models/{model_id:path}", "GET", gateway.model),
+        ("/tokenize", "POST", gateway.tokenize),
+        ("/detokenize", "POST", gateway.detokenize),
+        ("/health", "GET", gateway.health),
+        ("/ready", "GET", gateway.ready),
+        ("/version", "GET", gateway.version),
+        ("/metrics", "GET", gateway.metrics),
+        ("/status", "GET", gateway.status),
+        ("/status/pipeline", "GET", Live(gateway, timelines).pipeline),
+        ("/debug/timeline", "GET", Debug(timelines).timeline),
+    ):
+        app.add_api_route(path, endpoint, methods=[method])
     app.add_api_route("/", Page().show, methods=["GET"], include_in_schema=False)
+    openapi.describe(app, settings.model_name, keyed=bool(settings.api_keys))
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _failed)
@@ -143,7 +155,10 @@ class Server:
     ) -> None:
         """`on_ready` is called with the server's URL on the thread of `run`, once requests are accepted. Raises what
         create_app raises."""
+        self._settings = settings
         self._app = create_app(settings, watch, timelines)
+        ended = self._app.state.gateway.ended
+        self._door = FrontDoor(self._app, keys=settings.api_keys, origins=settings.cors_origins, on_end=ended)
         self._sock = sock
         self._on_ready = on_ready
         self._stop_wanted = False
@@ -181,8 +196,8 @@ class Server:
             return
         url = self.url
         config = uvicorn.Config(
-            KeepServerSend(self._app),
-            http="httptools",
+            self._door,
+            http=limited(self._settings.max_header_bytes, self._settings.max_headers),
             log_config=None,
             access_log=False,
             ws="none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
@@ -25,6 +26,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer_config: Mapping[str, object]) -> None:
         """Raises CheckpointError for a template that is not text or not valid Jinja."""
+        self._tokenizer_config = tokenizer_config
         source = tokenizer_config.get("chat_template")
         if source is not None and not isinstance(source, str):
             raise CheckpointError(f"chat_template in tokenizer_config is a {type(source).__name__}, not text")
@@ -59,6 +61,27 @@ class ChatTemplate:
         except Exception as error:  # the template is the model's own code: it may fail in any way
             message = f"the model's chat template cannot render these messages: {error}"
             raise RequestError(message, param="messages", code="chat_template_error") from error
+
+    def render_open(
+        self, messages: Sequence[Mapping[str, object]], *, variables: Mapping[str, object] = MappingProxyType({})
+    ) -> str:
+        """Prompt text up to the end of the last message's content, where the answer goes on. Raises RequestError."""
+        *before, last = messages
+        mark = f"\x02{uuid.uuid4().hex}"
+        marked = [*before, {**last, "content": f"{last['content']}{mark}"}]
+        text, found, _ = self.render(marked, add_generation_prompt=False, variables=variables).rpartition(mark)
+        if not found:
+            message = "the model's chat template does not show the end of the last message, so it cannot be continued"
+            raise RequestError(message, param="continue_final_message", code="chat_template_error")
+        return text
+
+    def with_source(self, source: str) -> ChatTemplate:
+        """The same model with another template. Raises RequestError for one that is not valid Jinja."""
+        try:
+            return ChatTemplate({**self._tokenizer_config, "chat_template": source})
+        except CheckpointError as error:
+            message = str(error).replace("the model's chat_template", "chat_template")
+            raise RequestError(message, param="chat_template", code="chat_template_error") from error
 
 
 def _environment() -> jinja2.Environment:

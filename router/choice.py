@@ -42,7 +42,8 @@ class Choice:
         self.index = index
         self.request = request
         self.num_tokens = 0
-        self.last_token_at: float | None = None  # for the metrics of whoever follows
+        self.first_token_at: float | None = None  # for the metrics of whoever follows, as the next
+        self.last_token_at: float | None = None
         self._num_chars = 0
         self._detokenizer = detokenizer(tokenizer, request.prompt_token_ids, special=rules.keep_special)
         self._stops = StopStrings(rules.stops, keep=rules.keep_stop)

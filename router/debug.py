@@ -18,6 +18,7 @@ from router import errors
 Timelines = Callable[[float, int], timeline.Timelines]
 
 SECONDS = 5.0
+MIN_SECONDS = 0.1  # in less, the workers' timelines may have no moment in common
 MAX_SECONDS = 60.0
 MAX_EVENTS = 120_000  # some 35 MB of JSON, and a few seconds of this process to write it
 
@@ -55,9 +56,9 @@ def _seconds(text: str | None) -> float:
         seconds = SECONDS if text is None else float(text)
     except ValueError:
         seconds = math.nan
-    if not 0.0 < seconds <= MAX_SECONDS:
+    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
         raise RequestError(
-            f"seconds is {text!r}; it must be a number above 0, at most {MAX_SECONDS:g}", param="seconds"
+            f"seconds is {text!r}; it must be a number from {MIN_SECONDS:g} to {MAX_SECONDS:g}", param="seconds"
         )
     return seconds
 

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import logging
 import time
-import uuid
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict, replace
+from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
 
 import orjson
 from starlette.requests import ClientDisconnect, Request
@@ -16,7 +17,8 @@ from starlette.responses import Response
 
 from afd.errors import AfdError, RequestError, Unavailable
 from afd.types import ClusterView, Role
-from router import errors, policy
+from router import errors, exchange, policy, tracing
+from router.exchange import Exchange
 from router.generation import Generation
 from router.metrics import Metrics
 from router.pool import Pool
@@ -25,8 +27,14 @@ from router.responses import ChatShape, CompletionShape, Json, Shape, Style
 from router.schema import ChatRequest, CompletionRequest, parse
 from router.settings import RouterSettings
 from router.terms import Terms
+from router.tokenization import Tokenization
 
 log = logging.getLogger(__name__)
+
+try:
+    VERSION = version("afd")
+except PackageNotFoundError:
+    VERSION = "0"  # run from a source tree that is not installed
 
 _LAST_WORDS_S = 1.0  # for telling those who did not finish while draining
 
@@ -38,7 +46,8 @@ class Gateway:
     """One router. Belongs to the event loop that serves it; `pool` is started and closed by the application."""
 
     def __init__(self, settings: RouterSettings, watch: Callable[[], ClusterView]) -> None:
-        """Raises CheckpointError for a damaged tokenizer or chat template, ConfigError for an unknown policy."""
+        """Raises CheckpointError for a damaged tokenizer or chat template, ConfigError for an unknown policy, or
+        where spans are wanted without their packages."""
         self.pool = Pool(
             watch,
             policy.create(settings.policy),
@@ -47,8 +56,10 @@ class Gateway:
             poll_s=settings.poll_s,
         )
         self._settings = settings
-        self._metrics = Metrics()
+        self._metrics = Metrics(settings.usd_per_hour)
         self._relay = Relay(settings, self.pool, self._metrics)
+        self._tokenization = Tokenization(self._relay, self._check_model)
+        self._spans = tracing.open_spans(settings.otlp_endpoint, settings.model_name)
         self._created = int(time.time())
         self._draining = False
 
@@ -56,6 +67,11 @@ class Gateway:
     def problem(self) -> str:
         """One sentence on why new requests are refused, or ""."""
         return "this server is shutting down" if self._draining else self.pool.problem
+
+    async def close(self) -> None:
+        """Sends what is left of the spans; takes at most tracing.FLUSH_S seconds."""
+        if self._spans is not None:
+            await asyncio.to_thread(self._spans.close)
 
     async def drain(self) -> None:
         """Refuses new requests, lets those in flight finish for drain_s seconds, then tells the rest."""
@@ -68,10 +84,11 @@ class Gateway:
                 await asyncio.wait_for(self._relay.wait_idle(), _LAST_WORDS_S)
 
     async def chat_completions(self, request: Request) -> Response:
-        return await self._generate(request, f"chatcmpl-{uuid.uuid4().hex}", self._chat)
+        return await self._generate(request, "chat", f"chatcmpl-{exchange.of(request.scope).uid}", self._chat)
 
     async def completions(self, request: Request) -> Response:
-        return await self._generate(request, f"cmpl-{uuid.uuid4().hex}", self._completion)
+        job_id = f"cmpl-{exchange.of(request.scope).uid}"
+        return await self._generate(request, "text_completion", job_id, self._completion)
 
     async def models(self) -> Response:
         return _json({"object": "list", "data": [self._model_card()]})
@@ -87,6 +104,33 @@ class Gateway:
         if self.problem:
             return errors.response(Unavailable(self.problem))
         return _json({"status": "ok"})
+
+    async def ready(self) -> Response:
+        """200 only while a new request would be taken: some worker can have it, and this server does not drain."""
+        return await self.health()
+
+    async def version(self) -> Response:
+        return _json({"version": VERSION})
+
+    async def tokenize(self, request: Request) -> Response:
+        return await self._answer(request, self._tokenization.tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        return await self._answer(request, self._tokenization.detokenize)
+
+    async def _answer(self, request: Request, answer: Callable[[bytes], Coroutine[None, None, Json]]) -> Response:
+        try:
+            return _json(await answer(await self._body(request)))
+        except AfdError as error:
+            self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
+            return errors.response(error)
+
+    def ended(self, ended: Exchange) -> None:
+        """Every request, once it is over."""
+        if ended.status == HTTPStatus.UNAUTHORIZED:
+            self._metrics.http_errors.labels(str(ended.status)).inc()
+        if self._spans is not None and ended.answer_id:
+            self._spans.record(ended)
 
     async def metrics(self) -> Response:
         await self.pool.refresh()
@@ -117,13 +161,16 @@ class Gateway:
         """What this router has counted since it started, for those who watch it change."""
         return self._metrics.counted()
 
-    async def _generate(self, request: Request, job_id: str, prepare: _Prepare) -> Response:
+    async def _generate(self, request: Request, operation: str, job_id: str, prepare: _Prepare) -> Response:
+        ours = exchange.of(request.scope)
+        ours.operation, ours.answer_id = operation, job_id
         try:
             if self._draining:
                 raise Unavailable(self.problem)
             raw = await self._body(request)
             self._relay.admission.check()  # before work is spent on a request that will be refused
             job, shape, stream = await prepare(job_id, request, raw)
+            ours.streamed = stream
             return Generation(self._relay, self._metrics, job, shape, stream=stream)
         except ClientDisconnect:
             raise
@@ -131,6 +178,7 @@ class Gateway:
             if not isinstance(error, AfdError):
                 log.exception("%s failed", job_id)
             self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
+            ours.error = type(error).__name__
             return errors.response(error)
 
     async def _chat(self, job_id: str, request: Request, raw: bytes) -> _Prepared:
@@ -155,16 +203,13 @@ class Gateway:
             num_logprobs=body.num_logprobs,
             token_ids=bool(body.return_token_ids),
             usage_chunk=body.include_usage,
+            usage_in_chunks=body.usage_in_chunks,
+            ids_for_tokens=bool(body.return_tokens_as_token_ids),
+            fingerprint=self._settings.fingerprint,
         )
 
     async def _body(self, request: Request) -> bytes:
-        raw = bytearray()
-        async for chunk in request.stream():
-            raw += chunk
-            if len(raw) > self._settings.max_body_bytes:
-                limit = self._settings.max_body_bytes
-                raise RequestError(f"the request body is longer than {limit} bytes", code="body_too_large", status=413)
-        return bytes(raw)
+        return await body_of(request, self._settings.max_body_bytes)
 
     def _check_model(self, name: str) -> None:
         if name != self._settings.model_name:
@@ -179,6 +224,21 @@ class Gateway:
             "owned_by": "afd",
             "max_model_len": self._relay.max_context,
         }
+
+
+async def body_of(request: Request, max_bytes: int) -> bytes:
+    """Raises RequestError as soon as it is clear that the body is too long."""
+    message = f"the request body is longer than {max_bytes} bytes (router.max_body_mib)"
+    too_long = RequestError(message, code="body_too_large", status=413)
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and int(said) > max_bytes:
+        raise too_long
+    raw = bytearray()
+    async for chunk in request.stream():
+        raw += chunk
+        if len(raw) > max_bytes:
+            raise too_long
+    return bytes(raw)
 
 
 def _json(value: Json) -> Response:

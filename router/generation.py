@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from afd.errors import AfdError
-from router import errors
+from router import errors, exchange
+from router.best import best
 from router.choice import Delta
 from router.metrics import Metrics
 from router.relay import Job, Relay, Stream
@@ -21,22 +22,9 @@ from router.responses import Shape, event
 
 log = logging.getLogger(__name__)
 
-_SERVER_SEND = "afd.server_send"
+SERVER_SEND = "afd.server_send"  # where a scope has the server's own `send`, past all that stands before a route
 
 T = TypeVar("T")
-
-
-class KeepServerSend:
-    """An ASGI application around another: keeps the server's own `send` in the scope, for a Generation to use. Between
-    the two the framework has a coroutine at each of its layers, for every chunk; what they watch for, an exception once
-    the answer has begun, does not come out of a Generation."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[_SERVER_SEND] = send
-        await self._app(scope, receive, send)
 
 
 class Generation(Response):
@@ -53,15 +41,16 @@ class Generation(Response):
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"} if stream else {}
         super().__init__(
             status_code=200,
-            headers={**headers, "x-request-id": job.job_id},
+            headers=headers,
             media_type="text/event-stream" if stream else "application/json",
         )
         self.raw_headers = [(name, value) for name, value in self.raw_headers if name != b"content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        send = scope.get(_SERVER_SEND, send)
+        self._exchange = exchange.of(scope)
+        self._start_send = send
         try:
-            await _while_connected(receive, self._run(send))
+            await _while_connected(receive, self._run(scope.get(SERVER_SEND, send)))
         except ClientDisconnect:
             log.info("%s: the client left", self._job.job_id)
         except Exception as error:
@@ -70,6 +59,7 @@ class Generation(Response):
             else:
                 log.exception("%s failed", self._job.job_id)
             self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
+            self._exchange.error = type(error).__name__
             if self._started:
                 await self._send(send, event(errors.body(error)), more=False)
             else:
@@ -77,11 +67,14 @@ class Generation(Response):
 
     async def _run(self, send: Send) -> None:
         async with self._relay.open(self._job) as stream:
-            await self._write(stream, send)
+            try:
+                await self._write(stream, send)
+            finally:
+                stream.tell(self._exchange)
 
     async def _stream(self, stream: Stream, send: Send) -> None:
         deltas = await stream.next()
-        await self._start(send)
+        await self._start()
         opening = self._shape.opening()
         stream.on_delta(lambda delta: self._say(send, delta))
         while deltas:
@@ -109,14 +102,16 @@ class Generation(Response):
                 answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
         for answer, pieces in zip(answers, texts, strict=True):
             answer.text = "".join(pieces)
-        content = self._shape.whole(answers, stream.num_generated, stream.num_cached)
+        content = self._shape.whole(best(answers, self._job), stream.num_generated, stream.num_cached)
         self.raw_headers.append((b"content-length", str(len(content)).encode()))
-        await self._start(send)
+        await self._start()
         await self._send(send, content, more=False)
 
-    async def _start(self, send: Send) -> None:
+    async def _start(self) -> None:
+        """Once a request, and so by the long way: whoever stands before the route adds headers."""
         self._started = True
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        await self._start_send(start)
 
     @staticmethod
     async def _send(send: Send, content: bytes, *, more: bool) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TypedDict
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.registry import Collector
 
 from afd.rpc.convert import AttentionStatus
-from afd.types import WorkerView
+from afd.types import Role, WorkerView
 from router.counts import Count, Spread
+from router.shares import RecentShares
 from router.worker_metrics import WorkerMetrics
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0)
@@ -28,7 +30,8 @@ class Buckets(TypedDict):
 class Metrics:
     """A "request" here is one choice, as it is for the workers. Latencies are in seconds, seen from the router."""
 
-    def __init__(self) -> None:
+    def __init__(self, usd_per_hour: Mapping[Role, float] = MappingProxyType({})) -> None:
+        """`usd_per_hour`: what a worker of each role costs; {}: costs are not counted."""
         registry = self._registry = CollectorRegistry()
         self.prompt_tokens = Counter("afd_prompt_tokens", "Prompt tokens of requests taken.", registry=registry)
         self.generation_tokens = Count("afd_generation_tokens", "Tokens generated.", registry)
@@ -40,6 +43,18 @@ class Metrics:
         )
         self.inter_token_latency = Spread(
             "afd_inter_token_latency_seconds", "Between two tokens of a request.", _LATENCY_S, registry
+        )
+        self.time_per_output_token = Histogram(
+            "afd_request_time_per_output_token_seconds",
+            "A request's mean time per token after its first.",
+            buckets=_LATENCY_S,
+            registry=registry,
+        )
+        self.queue_time = Histogram(
+            "afd_request_queue_time_seconds",
+            "From a worker's taking a request to the request's first step, as the worker measured it.",
+            buckets=(*_LATENCY_S, 30.0, 60.0),
+            registry=registry,
         )
         self._e2e = Histogram(
             "afd_e2e_request_latency_seconds",
@@ -60,7 +75,9 @@ class Metrics:
         )
         self.http_errors = Counter("afd_http_errors", "Error answers, by HTTP status.", ["status"], registry=registry)
         self._workers = WorkerMetrics()
+        self._shares = RecentShares(usd_per_hour)
         registry.register(self._workers)
+        registry.register(self._shares)
         self._by_worker = {
             field: Gauge(name, text, ["attention_rank"], registry=registry)
             for field, name, text in (
@@ -70,6 +87,12 @@ class Metrics:
                 ("blocks_total", "afd_kv_blocks_total", "KV blocks there are."),
             )
         }
+        self._kv_usage = Gauge(
+            "afd_kv_cache_usage_perc",
+            "Share of the KV blocks that is in use; 1 is all.",
+            ["attention_rank"],
+            registry=registry,
+        )
 
     def finished(self, reason: str, seconds: float) -> None:
         """A request ended `seconds` after it came."""
@@ -87,13 +110,15 @@ class Metrics:
     def render(self, statuses: Sequence[AttentionStatus], workers: Sequence[WorkerView] = ()) -> bytes:
         """The text format. Gauges of workers are set from `statuses`, what their timelines add up to from `workers`;
         workers that are gone disappear."""
-        self._workers.views = workers
-        for gauge in self._by_worker.values():
+        self._workers.views = self._shares.views = workers
+        for gauge in (*self._by_worker.values(), self._kv_usage):
             gauge.clear()
         self._workers.statuses = statuses
         for status in statuses:
             for field, gauge in self._by_worker.items():
                 gauge.labels(str(status.attention_rank)).set(getattr(status, field))
+            usage = status.blocks_used / status.blocks_total if status.blocks_total else 0.0
+            self._kv_usage.labels(str(status.attention_rank)).set(usage)
         return generate_latest(self._registry)
 
 

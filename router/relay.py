@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -21,10 +21,11 @@ from router.admission import Admission
 from router.chat import ChatTemplate
 from router.choice import Choice, Delta, TextRules
 from router.deadline import deadline
+from router.exchange import Exchange
 from router.metrics import Metrics
 from router.pool import Pool
 from router.sampling import SamplingDefaults
-from router.schema import ChatRequest, CompletionRequest, Request
+from router.schema import ChatPrompt, ChatRequest, CompletionRequest, Request
 from router.settings import RouterSettings
 from router.terms import Terms
 from router.tokenizer import Tokenizer, off_loop
@@ -42,6 +43,12 @@ class Job:
     n: int
     rules: TextRules = field(default_factory=TextRules)
     terms: Terms = field(default_factory=Terms)
+    best: int | None = None  # of the n choices of a prompt, so many are answers (router.best); None: all
+    echoes: tuple[str, ...] = ()  # per prompt, the text that its answers begin with
+
+    @property
+    def num_kept(self) -> int:
+        return self.n if self.best is None else self.best
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -73,6 +80,9 @@ class Stream:
     def __init__(self, job: Job, metrics: Metrics, pool: Pool, admission: Admission) -> None:
         self.num_generated = 0  # tokens, over all choices
         self.num_cached = 0  # prompt tokens that the job's first choices found computed
+        self._finish_reasons: list[str] = []
+        self._first_token_s: float | None = None
+        self._queue_s: float | None = None
         self._job = job
         self._metrics = metrics
         self._pool = pool
@@ -129,6 +139,16 @@ class Stream:
         for request_id in list(self._waiting):
             self._waits_no_more(request_id)
 
+    def tell(self, exchange: Exchange) -> None:
+        """What happened so far, for logs and spans."""
+        sampling = self._job.sampling[0]
+        exchange.answer_id, exchange.num_prompt_tokens = self._job.job_id, self._job.num_prompt_tokens
+        exchange.num_generated, exchange.finish_reasons = self.num_generated, self._finish_reasons
+        exchange.max_tokens, exchange.temperature = sampling.max_tokens, sampling.temperature
+        exchange.queue_s = self._queue_s
+        if self._first_token_s is not None:  # it counts from the request's arrival, not from the end of its body
+            exchange.first_token_s = self._first_token_s + self._started - exchange.began_s
+
     def _accept_token(self, request_id: str, token_id: int) -> Sequence[Delta]:
         """None for a choice that has ended."""
         running = self._running.get(request_id)
@@ -145,6 +165,9 @@ class Stream:
             raise self._error(output, client)
         if choice.index % self._job.n == 0:
             self.num_cached += output.cached_tokens
+        if output.queue_s is not None:
+            self._queue_s = max(output.queue_s, self._queue_s or 0.0)
+            self._metrics.queue_time.observe(output.queue_s)
         return (self._took(output.request_id, running, choice.accept(output), output.finish_reason),)
 
     def _error(self, output: GenerateOutput, client: AttentionClient) -> RequestError | Unavailable:
@@ -182,6 +205,10 @@ class Stream:
             if said is None:
                 client.cancel(request_id)  # a stop string ended it: the worker does not know
             self._metrics.finished(delta.finish_reason, time.perf_counter() - self._started)
+            self._finish_reasons.append(delta.finish_reason)
+            if choice.num_tokens > 1 and choice.first_token_at is not None and choice.last_token_at is not None:
+                per_token_s = (choice.last_token_at - choice.first_token_at) / (choice.num_tokens - 1)
+                self._metrics.time_per_output_token.observe(per_token_s)
         return delta
 
     def _measure(self, choice: Choice, num_tokens: int) -> None:
@@ -190,6 +217,8 @@ class Stream:
         now = time.perf_counter()
         if choice.last_token_at is None:
             self._waits_no_more(choice.request.request_id)
+            choice.first_token_at = now
+            self._first_token_s = now - self._started if self._first_token_s is None else self._first_token_s
             self._metrics.time_to_first_token.observe(now - self._started)
         else:
             self._metrics.inter_token_latency.observe((now - choice.last_token_at) / num_tokens)
@@ -224,17 +253,35 @@ class Relay:
 
     async def chat_job(self, job_id: str, request: ChatRequest) -> Job:
         """Raises RequestError. The answer may by default take the rest of the context."""
+        ids = await self.chat_token_ids(request)
+        return self._job(job_id, request, [ids], "messages", self._settings.max_context)
+
+    async def chat_token_ids(self, request: ChatPrompt) -> list[int]:
+        """What the chat template makes of the messages. Raises RequestError."""
+        source = request.chat_template
+        if source is not None and not self._settings.trust_request_chat_template:
+            raise RequestError(
+                "chat_template is not taken from requests by this server (router.trust_request_chat_template)",
+                param="chat_template",
+                code="unsupported_parameter",
+            )
+
+        if request.continue_final_message and request.add_generation_prompt:
+            message = "add_generation_prompt and continue_final_message cannot both be true"
+            raise RequestError(message, param="continue_final_message")
 
         def tokenize() -> list[int]:
-            text = self._template.render(
-                [message.for_template() for message in request.messages],
-                add_generation_prompt=request.add_generation_prompt is not False,
-                variables=request.chat_template_kwargs or {},
-            )
+            template = self._template if source is None else self._template.with_source(source)
+            messages = [message.for_template() for message in request.messages]
+            variables = request.chat_template_kwargs or {}
+            if request.continue_final_message:
+                text = template.render_open(messages, variables=variables)
+            else:
+                generates = request.add_generation_prompt is not False
+                text = template.render(messages, add_generation_prompt=generates, variables=variables)
             return self._tokenizer.encode(text, special=bool(request.add_special_tokens))
 
-        ids = await off_loop(tokenize, sum(len(message.content) for message in request.messages))
-        return self._job(job_id, request, [ids], "messages", self._settings.max_context)
+        return await off_loop(tokenize, sum(len(message.content) for message in request.messages))
 
     async def completion_job(self, job_id: str, request: CompletionRequest) -> Job:
         """Raises RequestError."""
@@ -243,13 +290,19 @@ class Relay:
         def token_ids(prompt: str | list[int]) -> list[int]:
             if isinstance(prompt, str):
                 return self._tokenizer.encode(prompt, special=special)
-            self._check_vocabulary(prompt, "prompt")
+            self.check_vocabulary(prompt, "prompt")
             return prompt
 
         prompts = await off_loop(
             lambda: [token_ids(prompt) for prompt in request.prompt], sum(map(len, request.prompt))
         )
-        return self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS)
+        job = self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS)
+        num_best = max(request.best_of or 0, job.n)
+        job = replace(job, n=num_best, best=job.n) if num_best > job.n else job
+        return replace(job, echoes=tuple(map(self._echo, request.prompt))) if request.echo else job
+
+    def _echo(self, prompt: str | list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self._tokenizer.decode(prompt, special=True)
 
     @asynccontextmanager
     async def open(self, job: Job) -> AsyncIterator[Stream]:
@@ -279,7 +332,8 @@ class Relay:
             self._closed_one.clear()
             await self._closed_one.wait()
 
-    def _check_vocabulary(self, ids: list[int], param: str) -> None:
+    def check_vocabulary(self, ids: Iterable[int], param: str) -> None:
+        """Raises RequestError for the first id that the model does not have."""
         bad = next((token for token in ids if not 0 <= token < self._settings.vocab_size), None)
         if bad is not None:
             message = (
@@ -288,9 +342,14 @@ class Relay:
             raise RequestError(message, param=param, code="invalid_token_id")
 
     def _job(self, job_id: str, request: Request, prompts: list[list[int]], param: str, default_tokens: int) -> Job:
-        self._check_vocabulary(request.stop_token_ids or [], "stop_token_ids")
+        self.check_vocabulary(request.stop_token_ids or (), "stop_token_ids")
+        self.check_vocabulary(request.allowed_token_ids or (), "allowed_token_ids")
+        self.check_vocabulary(request.logit_bias or (), "logit_bias")
+        bad_words = self._tokenizer.spellings(request.bad_words or ())
         context = self.max_context
         sampling = []
+        if (wanted := request.truncate_prompt_tokens) is not None:
+            prompts = [_end_of(ids, wanted, context - (request.token_limit or 1)) for ids in prompts]
         for ids in prompts:
             if not ids:
                 raise RequestError(f"{param} holds no tokens", param=param, code="empty_prompt")
@@ -303,7 +362,14 @@ class Relay:
                     param=param,
                     code="context_length_exceeded",
                 )
-            sampling.append(self._defaults.sampling(request, min(default_tokens, room) if limit is None else limit))
+            most = min(default_tokens, room) if limit is None else limit
+            sampling.append(replace(self._defaults.sampling(request, most), bad_words=bad_words))
         keep_special = request.skip_special_tokens is False
         rules = TextRules(tuple(request.stop), bool(request.include_stop_str_in_output), keep_special)
         return Job(job_id, tuple(map(tuple, prompts)), tuple(sampling), request.n or 1, rules)
+
+
+def _end_of(ids: list[int], wanted: int, room: int) -> list[int]:
+    """The last `wanted` tokens; -1: as many as there is room for."""
+    num_kept = max(room, 0) if wanted < 0 else wanted
+    return ids[max(0, len(ids) - num_kept) :]

@@ -29,12 +29,14 @@ def event(content: bytes) -> bytes:
     return b"data: " + content + b"\n\n"
 
 
-def usage(num_prompt_tokens: int, num_generated: int, num_cached: int) -> Json:
+def usage(num_prompt_tokens: int, num_generated: int, num_cached: int | None = None) -> Json:
+    """`num_cached`: prompt tokens found computed; None, and left out, while that is not known of all."""
+    details = {} if num_cached is None else {"prompt_tokens_details": {"cached_tokens": num_cached}}
     return {
         "prompt_tokens": num_prompt_tokens,
         "completion_tokens": num_generated,
         "total_tokens": num_prompt_tokens + num_generated,
-        "prompt_tokens_details": {"cached_tokens": num_cached},
+        **details,
     }
 
 
@@ -48,6 +50,9 @@ class Style:
     num_logprobs: int | None  # alternatives beside each token; None: no logprobs
     token_ids: bool
     usage_chunk: bool
+    usage_in_chunks: bool = False  # every chunk says what was generated so far
+    ids_for_tokens: bool = False  # logprobs name tokens "token_id:5"
+    fingerprint: str | None = None
 
 
 class Shape(ABC):
@@ -62,12 +67,16 @@ class Shape(ABC):
         self._num_logprobs = style.num_logprobs
         self._token_ids = style.token_ids
         self._usage_chunk = style.usage_chunk
+        self._usage_in_chunks = style.usage_in_chunks
+        self._ids_for_tokens = style.ids_for_tokens
+        self._num_said = 0  # tokens, over all choices
         self._frames: dict[int, tuple[bytes, bytes, bytes]] = {}
         self._head: Json = {
             "id": job.job_id,
             "object": self.object_chunk,
             "created": style.created,
             "model": style.model,
+            "system_fingerprint": style.fingerprint,
         }
 
     def opening(self) -> bytes:
@@ -76,7 +85,13 @@ class Shape(ABC):
 
     def chunks(self, deltas: Iterable[Delta]) -> bytes:
         """One chunk for each delta that says something."""
+        if self._usage_in_chunks:
+            return b"".join([self._counted(d) for d in deltas])
         return b"".join([self._ordinary(d) or self._chunk(self._delta(d)) for d in deltas if self._speaks(d)])
+
+    def _counted(self, delta: Delta) -> bytes:
+        self._num_said += len(delta.tokens)
+        return self._chunk(self._delta(delta)) if self._speaks(delta) else b""
 
     def closing(self, num_generated: int, num_cached: int) -> bytes:
         """Chunks after the last token."""
@@ -115,7 +130,8 @@ class Shape(ABC):
     def _chunk(self, choice: Json, extras: Json | None = None) -> bytes:
         chunk = {**self._head, "choices": [choice], **(extras or {})}
         if self._usage_chunk:
-            chunk["usage"] = None
+            so_far = usage(self._job.num_prompt_tokens, self._num_said)
+            chunk["usage"] = so_far if self._usage_in_chunks else None
         return event(orjson.dumps(chunk))
 
     def _ordinary(self, delta: Delta) -> bytes:
@@ -155,6 +171,8 @@ class Shape(ABC):
         return end
 
     def _token_text(self, token_id: int) -> str:
+        if self._ids_for_tokens:
+            return f"token_id:{token_id}"
         return self._tokenizer.token_bytes(token_id).decode("utf-8", "replace")
 
 
@@ -192,7 +210,7 @@ class ChatShape(Shape):
 
     def _entry(self, token_id: int, logprob: float | None) -> Json:
         raw = self._tokenizer.token_bytes(token_id)
-        return {"token": raw.decode("utf-8", "replace"), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"token": self._token_text(token_id), "logprob": _finite(logprob), "bytes": list(raw)}
 
 
 class CompletionShape(Shape):
@@ -202,23 +220,27 @@ class CompletionShape(Shape):
     object_chunk = "text_completion"
 
     def opening(self) -> bytes:
-        if not self._token_ids:
+        if not self._token_ids and not self._job.echoes:
             return b""
         opened = []
         for index in range(len(self._job.prompts) * self._job.n):
-            choice = {"index": index, "text": "", "logprobs": None, "finish_reason": None, **self._prompt_ids(index)}
-            opened.append(self._chunk(choice))
+            choice = {"index": index, "text": self._echo(index), "logprobs": None, "finish_reason": None}
+            opened.append(self._chunk(choice | self._prompt_ids(index)))
         return b"".join(opened)
 
     def _delta(self, delta: Delta) -> Json:
         return {"index": delta.index, "text": delta.text, **self._end_of_choice(delta)}
 
     def _choice(self, answer: Delta) -> Json:
-        prompt_ids = self._prompt_ids(answer.index) if self._token_ids else {}
-        return {"index": answer.index, "text": answer.text, **self._end_of_choice(answer), **prompt_ids}
+        text = self._echo(answer.index) + answer.text
+        return {"index": answer.index, "text": text, **self._end_of_choice(answer), **self._prompt_ids(answer.index)}
 
     def _prompt_ids(self, index: int) -> Json:
-        return {"prompt_token_ids": self._job.prompts[index // self._job.n]}
+        return {"prompt_token_ids": self._job.prompts[index // self._job.num_kept]} if self._token_ids else {}
+
+    def _echo(self, index: int) -> str:
+        """The prompt, where it is to come before its answers."""
+        return self._job.echoes[index // self._job.num_kept] if self._job.echoes else ""
 
     def _logprobs(self, delta: Delta) -> Json:
         return {

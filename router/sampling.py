@@ -58,7 +58,9 @@ class SamplingDefaults:
             presence_penalty=request.presence_penalty or 0.0,
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=tuple(request.stop_token_ids or ()),
-            logprobs=request.num_logprobs,
+            logprobs=request.worker_logprobs,
+            logit_bias=tuple(sorted((request.logit_bias or {}).items())),
+            allowed_token_ids=tuple(request.allowed_token_ids or ()),
         )
 
 

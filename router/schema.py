@@ -15,6 +15,7 @@ import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from afd.errors import RequestError
+from router.fields import LogitBias, TokenId
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ MAX_N = 128
 MAX_CHOICES = 1024  # prompts times n
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_BAD_WORDS = 256
 
 IGNORED = frozenset(
     {
@@ -35,11 +37,9 @@ IGNORED = frozenset(
         "store",
     }
 )
-# Fields of the API that this server does not implement, and the values of them that ask for nothing.
+# Fields that this server, or one of its endpoints, does not implement, and the values of them that ask for nothing.
 OFF_VALUES: dict[str, tuple[object, ...]] = {
-    "allowed_token_ids": (None, []),
     "audio": (None,),
-    "bad_words": (None, []),
     "best_of": (None, 1),
     "chat_template": (None,),
     "continue_final_message": (None, False),
@@ -53,19 +53,16 @@ OFF_VALUES: dict[str, tuple[object, ...]] = {
     "guided_regex": (None,),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),
-    "logit_bias": (None, {}),
     "modalities": (None, ["text"]),
     "prediction": (None,),
     "prompt_embeds": (None,),
     "prompt_logprobs": (None,),
     "reasoning_effort": (None,),
     "response_format": (None, {"type": "text"}),
-    "return_tokens_as_token_ids": (None, False),
     "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
-    "truncate_prompt_tokens": (None,),
     "use_beam_search": (None, False),
     "verbosity": (None,),
     "web_search_options": (None,),
@@ -114,19 +111,13 @@ def _text(value: object) -> object:
     return "\n".join(texts)
 
 
-def _off(value: object) -> object:
-    if value:
-        raise ValueError("must be false, for this server does not implement it")
-    return value
-
-
 class _Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class StreamOptions(_Body):
     include_usage: bool | None = None
-    continuous_usage_stats: Annotated[bool | None, BeforeValidator(_off)] = None
+    continuous_usage_stats: bool | None = None
 
 
 class Message(BaseModel):
@@ -159,16 +150,20 @@ class _Generation(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
-    stop_token_ids: list[Annotated[int, Field(ge=0, lt=2**32)]] | None = None
+    stop_token_ids: list[TokenId] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
+    logit_bias: LogitBias = None
+    allowed_token_ids: list[TokenId] | None = None
+    bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=MAX_BAD_WORDS)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    add_special_tokens: bool | None = None
     # How the request is served (router.terms).
     timeout: float | None = Field(None, gt=0)  # seconds
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
@@ -187,17 +182,34 @@ class _Generation(_Body):
         raise NotImplementedError
 
     @property
+    def worker_logprobs(self) -> int | None:
+        """The same, as the worker has to give them."""
+        return self.num_logprobs
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def usage_in_chunks(self) -> bool:
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
-class ChatRequest(_Generation):
-    """POST /v1/chat/completions."""
+
+class ChatPrompt(_Body):
+    """Messages, and how they become a prompt."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, object] | None = None
+
+
+class ChatRequest(_Generation, ChatPrompt):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -214,31 +226,49 @@ class CompletionRequest(_Generation):
     """POST /v1/completions."""
 
     prompt: Annotated[Prompt, BeforeValidator(_prompt)]
+    add_special_tokens: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
+    echo: bool | None = None
 
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def worker_logprobs(self) -> int | None:
+        return 0 if self.logprobs is None and (self.best_of or 1) > (self.n or 1) else self.logprobs
+
 
 Request = ChatRequest | CompletionRequest
 R = TypeVar("R", ChatRequest, CompletionRequest)
+B = TypeVar("B", bound=BaseModel)
 
 
 def parse(kind: type[R], raw: bytes) -> R:
     """Reads a request body. Raises RequestError naming the field at fault."""
+    request = validate(kind, _implemented(json_object(raw), kind))
+    _check_together(request)
+    return request
+
+
+def json_object(raw: bytes) -> dict[str, object]:
+    """Raises RequestError for a body that is no JSON object."""
     try:
         data = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise RequestError(f"the request body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(data, dict):
         raise RequestError(f"the request body is a JSON {type(data).__name__}, not an object", code="invalid_json")
+    return data
+
+
+def validate(kind: type[B], fields: Mapping[str, object]) -> B:
+    """Raises RequestError naming the field at fault."""
     try:
-        request = kind.model_validate(_implemented(data, kind))
+        return kind.model_validate(fields)
     except ValidationError as error:
         raise _explain(error) from error
-    _check_together(request)
-    return request
 
 
 def _implemented(data: Mapping[str, object], kind: type[_Generation]) -> dict[str, object]:
@@ -269,10 +299,13 @@ def _check_together(request: Request) -> None:
         raise RequestError("stream_options is only for requests with stream: true", param="stream_options")
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs is only for requests with logprobs: true", param="top_logprobs")
-    num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1
-    if (num_choices := num_prompts * (request.n or 1)) > MAX_CHOICES:
+    num_prompts, n = 1, request.n or 1
+    if isinstance(request, CompletionRequest):
+        _check_completion(request)
+        num_prompts, n = len(request.prompt), max(n, request.best_of or 1)
+    if (num_choices := num_prompts * n) > MAX_CHOICES:
         raise RequestError(
-            f"prompt holds {num_prompts} prompts and n is {request.n or 1}: {num_choices} choices, but one request may "
+            f"prompt holds {num_prompts} prompts and n or best_of is {n}: {num_choices} choices, but one request may "
             f"ask for {MAX_CHOICES} at most; send several requests",
             param="prompt",
             code="too_many_choices",
@@ -280,6 +313,20 @@ def _check_together(request: Request) -> None:
     limit = request.token_limit
     if limit is not None and (request.min_tokens or 0) > limit:
         raise RequestError(f"min_tokens is {request.min_tokens} but the answer may have {limit}", param="min_tokens")
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    n, best_of = request.n or 1, request.best_of
+    if best_of is not None and best_of < n:
+        raise RequestError(f"best_of is {best_of}, but must be at least n, which is {n}", param="best_of")
+    if best_of is not None and best_of > n and request.stream:
+        raise RequestError("best_of above n is only for requests that are not streamed", param="best_of")
+    if request.echo and request.logprobs is not None:
+        raise RequestError(
+            "echo with logprobs is not supported by this server: it has no logprobs of prompts; leave one of them out",
+            param="echo",
+            code="unsupported_parameter",
+        )
 
 
 def _explain(error: ValidationError) -> RequestError:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from afd.types import Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +34,11 @@ class RouterSettings:
     connect_s: float = 10.0  # longest wait for an attention worker to accept the router's connection
     poll_s: float = 0.2  # how often the cluster view is read
     max_body_bytes: int = 32 << 20
+    max_header_bytes: int = 64 << 10
+    max_headers: int = 100
+    api_keys: Sequence[str] = field(default=(), repr=False)  # clients must send one of them; (): nobody is asked
+    cors_origins: Sequence[str] = ()  # of web pages that may call; "*": any
+    trust_request_chat_template: bool = False
+    fingerprint: str = "fp_afd"  # `system_fingerprint` of answers: another one where the same seed may answer otherwise
+    otlp_endpoint: str = ""  # an OpenTelemetry collector's OTLP/HTTP; "": no spans
+    usd_per_hour: Mapping[Role, float] = field(default_factory=dict)  # of one worker; {}: costs are not counted

@@ -47,6 +47,20 @@ class Tokenizer:
         """Text, without special tokens unless `special`; U+FFFD stands for bytes that are no character."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=not special)
 
+    def piece(self, token_id: int) -> str:
+        """A token as the vocabulary has it; "" for an id the tokenizer does not have."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
+    def spellings(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token ids of each word as it begins a text, and, where a space before it makes others of them, those."""
+        found: dict[tuple[int, ...], None] = {}
+        for word in words:
+            bare, spaced = (tuple(self.encode(text, special=False)) for text in (word.lstrip(), " " + word.lstrip()))
+            found |= {bare: None}
+            if spaced[len(spaced) - len(bare) :] != bare:
+                found |= {spaced: None}
+        return tuple(ids for ids in found if ids)
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for, special tokens by their name; b"" for an id the tokenizer does not have."""
         known = self._bytes.get(token_id)

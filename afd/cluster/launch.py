@@ -7,6 +7,7 @@ the workers; the router runs in this process until a signal ends it.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 import time
@@ -14,22 +15,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
+from hashlib import sha256
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
+from afd import api_keys, env
 from afd import log as logs
 from afd import spec as specs
 from afd.cluster.controller import Cluster
 from afd.cluster.roles import Roles, load
-from afd.config import Deployment
+from afd.config import Deployment, PricesSection, RouterSection
 from afd.errors import CheckpointError, ClusterError
 from afd.pipeline.timeline import Timelines
 from afd.spec import ModelSpec
 from afd.topology import ffn_shards
-from afd.types import ClusterView
+from afd.types import ClusterView, Role
 from afd.weights import library
 
 log = logging.getLogger(__name__)
@@ -43,7 +47,7 @@ TICK_S = 0.1  # how often a starting cluster is looked at, and a signal obeyed
 def serve(deployment: Deployment, roles: Roles = Roles()) -> None:  # noqa: B008
     """Serves until SIGINT or SIGTERM, then drains, stops every worker and returns. Raises AfdError for what cannot be
     served: the model, the topology, the port, or a worker that does not start."""
-    logs.setup("router")
+    logs.setup("router", deployment.router.log_format)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)  # the line with the URL is printed here
     console = Console(stderr=True, highlight=False)
     files = prepared(deployment.model, console)
@@ -208,8 +212,35 @@ def _router_settings(router: Any, deployment: Deployment, files: library.ModelFi
         max_queue=deployment.router.max_queue,
         request_timeout_s=deployment.router.request_timeout_s,
         drain_s=deployment.router.drain_s,
+        max_body_bytes=int(deployment.router.max_body_mib * 2**20),
+        max_header_bytes=int(deployment.router.max_header_kib * 2**10),
+        max_headers=deployment.router.max_headers,
+        api_keys=_api_keys(deployment.router),
+        cors_origins=tuple(deployment.router.cors_origins),
+        trust_request_chat_template=deployment.router.trust_request_chat_template,
+        fingerprint=_fingerprint(deployment, spec),
+        otlp_endpoint=deployment.router.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
+        usd_per_hour=_usd_per_hour(deployment.router.prices),
         deadline_s=deployment.transport.deadline_s + 30.0,  # the workers' own deadline runs out first and says more
     )
+
+
+def _api_keys(router: RouterSection) -> tuple[str, ...]:
+    """Those in the file and those in the environment. Raises ConfigError."""
+    in_file = () if router.api_keys_file is None else api_keys.read(Path(router.api_keys_file).expanduser())
+    return tuple(dict.fromkeys([*in_file, *env.read().api_keys]))
+
+
+def _usd_per_hour(prices: PricesSection) -> dict[Role, float]:
+    priced = {Role.ATTENTION: prices.attention, Role.FFN: prices.ffn}
+    return {role: usd for role, usd in priced.items() if usd is not None}
+
+
+def _fingerprint(deployment: Deployment, spec: ModelSpec) -> str:
+    """Of what decides the last bits of an answer: the same seed may answer otherwise under another one."""
+    split = (deployment.topology, deployment.ffn.sharding, deployment.ffn.tp, deployment.transport.dispatch_dtype)
+    parts = (specs.digest(spec), deployment.dtype, deployment.device, *split)
+    return "fp_" + sha256("|".join(map(str, parts)).encode()).hexdigest()[:12]
 
 
 def _announce(deployment: Deployment, model: str, url: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from afd import env
 from afd.errors import RequestError, Unavailable
 
 CONNECT_S = 5.0
@@ -16,10 +17,12 @@ SILENCE_S = 300.0  # longest wait for the next byte: a prompt may queue behind o
 
 @contextmanager
 def client(url: str, silence_s: float = SILENCE_S) -> Iterator[httpx.Client]:
-    """A client for the router at `url`. Inside, httpx errors become Unavailable."""
+    """A client for the router at `url`, with the first key of AFD_API_KEYS. Inside, httpx errors become Unavailable."""
     timeout = httpx.Timeout(silence_s, connect=CONNECT_S)
+    keys = env.read().api_keys
+    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
     try:
-        with httpx.Client(base_url=url, timeout=timeout) as session:
+        with httpx.Client(base_url=url, timeout=timeout, headers=headers) as session:
             yield session
     except httpx.ConnectError as error:
         raise Unavailable(f"nothing answers at {url}; start `afd serve`, or say where with --url") from error

@@ -78,6 +78,9 @@ def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
             ignore_eos=sampling.ignore_eos,
             stop_token_ids=sampling.stop_token_ids,
             logprobs=sampling.logprobs,
+            logit_bias=dict(sampling.logit_bias),
+            allowed_token_ids=sampling.allowed_token_ids,
+            bad_words=[pb.TokenIds(ids=ids) for ids in sampling.bad_words],
         ),
     )
 
@@ -99,6 +102,9 @@ def request_from_proto(message: pb.Submit) -> GenerateRequest:
         ignore_eos=sampling.ignore_eos,
         stop_token_ids=tuple(sampling.stop_token_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        logit_bias=tuple(sorted(sampling.logit_bias.items())),
+        allowed_token_ids=tuple(sampling.allowed_token_ids),
+        bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
     )
     _demand(message.request_id != "", "request_id", message.request_id, "not be empty")
     _demand(len(message.prompt_token_ids) > 0, "prompt_token_ids", [], "hold at least one token")
@@ -130,6 +136,9 @@ def check_sampling(params: SamplingParams) -> None:
     _demand(math.isfinite(params.frequency_penalty), "frequency_penalty", params.frequency_penalty, "be finite")
     _demand(math.isfinite(params.presence_penalty), "presence_penalty", params.presence_penalty, "be finite")
     _demand(params.logprobs is None or params.logprobs >= 0, "logprobs", params.logprobs, "be at least 0")
+    for token_id, bias in params.logit_bias:
+        _demand(math.isfinite(bias), f"logit_bias[{token_id}]", bias, "be finite")
+    _demand(all(params.bad_words), "bad_words", params.bad_words, "hold no empty word")
 
 
 def _demand(holds: bool, param: str, value: object, rule: str) -> None:
@@ -155,6 +164,7 @@ def output_to_proto(output: GenerateOutput) -> pb.Output:
         client_error=output.client_error,
         cached_tokens=output.cached_tokens,
         refused=_REFUSAL_TO_PROTO[output.refused],
+        queue_s=output.queue_s,
     )
 
 
@@ -169,6 +179,7 @@ def output_from_proto(message: pb.Output) -> GenerateOutput:
         client_error=message.client_error,
         cached_tokens=message.cached_tokens,
         refused=_REFUSAL_FROM_PROTO[message.refused],
+        queue_s=message.queue_s if message.HasField("queue_s") else None,
     )
 
 

@@ -55,4 +55,5 @@ def _ordinary(output: GenerateOutput) -> bool:
         and not output.error
         and not output.client_error
         and not output.cached_tokens
+        and output.queue_s is None
     )

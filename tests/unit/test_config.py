@@ -72,6 +72,12 @@ def test_an_unknown_key_is_refused_with_the_place_where_it_belongs(tmp_path: Pat
         ({"transport": {"bind": ""}}, "transport.bind is '': .*at least 1 character"),
         ({"transport": {"connect_s": float("inf")}}, "transport.connect_s is inf: .*finite"),
         ({"router": {"drain_s": float("nan")}}, "router.drain_s is nan"),
+        ({"router": {"cors_origins": ["page.example"]}}, "router.cors_origins is .*like https://example.org"),
+        ({"router": {"cors_origins": ["https://a.b/path"]}}, "router.cors_origins is .*without a path"),
+        ({"router": {"otlp_endpoint": "collector:4318"}}, "router.otlp_endpoint is 'collector:4318': .*must be a URL"),
+        ({"router": {"prices": {"ffn": 1.0}}}, "router.prices is .*both roles"),
+        ({"router": {"log_format": "xml"}}, "router.log_format is 'xml': .*'text' or 'json'"),
+        ({"router": {"max_body_mib": 0}}, "router.max_body_mib is 0: .*greater than 0"),
         ({"ffn": {"tp": 2}}, "ffn is .*: tp 2 is the TP degree of hybrid sharding, but sharding is ep"),
     ],
 )

@@ -18,9 +18,8 @@ def test_known_variables_are_read_and_others_without_the_prefix_ignored() -> Non
 
 
 def test_an_unknown_variable_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        ConfigError, match="unknown environment variable AFD_LOGS; known are AFD_CACHE, AFD_KERNELS, AFD_LOG"
-    ):
+    known = "AFD_API_KEYS, AFD_CACHE, AFD_KERNELS, AFD_LOG, AFD_LOG_FORMAT"
+    with pytest.raises(ConfigError, match=f"unknown environment variable AFD_LOGS; known are {known}"):
         env.read({"AFD_LOGS": "debug"})
 
 
@@ -29,3 +28,5 @@ def test_a_bad_value_is_refused_with_the_choices() -> None:
         env.read({"AFD_KERNELS": "fast"})
     with pytest.raises(ConfigError, match="AFD_LOG is 'loud'; choose one of debug, info, warning, error"):
         env.read({"AFD_LOG": "loud"})
+    with pytest.raises(ConfigError, match="AFD_LOG_FORMAT is 'xml'; choose one of text, json"):
+        env.read({"AFD_LOG_FORMAT": "xml"})

@@ -41,6 +41,9 @@ sampling = st.integers(0, 100).flatmap(
         ignore_eos=st.booleans(),
         stop_token_ids=st.lists(ids, max_size=3).map(tuple),
         logprobs=st.none() | st.integers(0, 20),
+        logit_bias=st.dictionaries(ids, single, max_size=3).map(lambda biases: tuple(sorted(biases.items()))),
+        allowed_token_ids=st.lists(ids, max_size=3).map(tuple),
+        bad_words=st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
     )
 )
 requests = st.builds(
@@ -65,6 +68,7 @@ outputs = st.builds(
     st.booleans(),
     ids,
     st.sampled_from(["", "full", "unavailable"]),
+    st.none() | st.floats(0, 1000, width=32),
 )
 
 
@@ -101,6 +105,7 @@ def test_a_status_comes_out_of_its_message_as_it_went_in():
         ("repetition_penalty", 0.0),
         ("frequency_penalty", float("nan")),
         ("presence_penalty", float("inf")),
+        ("bad_words", ((),)),
     ],
 )
 def test_a_message_outside_the_ranges_is_refused_by_field(field, value):
