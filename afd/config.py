@@ -101,6 +101,8 @@ class RouterSection(_Section):
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
     drain_s: float = Field(5.0, ge=0)  # how long in-flight requests may finish on shutdown
+    tool_parser: Literal["hermes", "step3"] = "hermes"  # how the model writes tool calls
+    reasoning_parser: Literal["none", "step3", "deepseek_r1"] = "none"  # how it tells reasoning from the answer
 
 
 class Deployment(_Section):

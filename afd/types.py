@@ -85,11 +85,13 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to continue, as the attention worker sees it. `request_id` is unique per router connection."""
+    """One sequence to continue, as the attention worker sees it. `request_id` is unique per router connection;
+    `grammar` is one of llguidance (afd.grammar), and the answer one that it takes; "": any answer."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SampledToken
+from attention_worker.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -13,7 +14,8 @@ class Sequence:
     """Prompt and generated tokens, and the blocks that hold the KV of the first `num_computed` of them.
 
     `owner` names the router connection that asked; its outputs go there. `seed` is the request's, or a random one,
-    so that (seed, position) always gives the same draw, whatever batch or worker computes it.
+    so that (seed, position) always gives the same draw, whatever batch or worker computes it. `matcher` follows the
+    request's grammar through the generated tokens; None: it has none.
     """
 
     request: GenerateRequest
@@ -25,6 +27,7 @@ class Sequence:
     num_computed: int = 0
     in_flight: bool = False
     cancelled: bool = False
+    matcher: Matcher | None = None
     order: int = 0  # admission order given by the scheduler; lower is older
 
     def __post_init__(self) -> None:
@@ -57,6 +60,8 @@ class Sequence:
 
     def _finish(self, token_id: int, eos_token_ids: tuple[int, ...]) -> tuple[FinishReason | None, int | None]:
         sampling = self.request.sampling
+        if self.matcher is not None and self.matcher.take(token_id):  # whatever ignore_eos and min_tokens say
+            return "stop", token_id if token_id in eos_token_ids else None
         ends = token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
         if ends and self.num_generated >= sampling.min_tokens:
             return "stop", token_id

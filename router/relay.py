@@ -17,14 +17,18 @@ from dataclasses import dataclass, field, replace
 from afd.errors import RequestError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SamplingParams
+from router import conversation
+from router.answer import Answers, Plan, check_choice
 from router.chat import ChatTemplate
 from router.choice import Choice, Delta, TextRules
 from router.metrics import Metrics
 from router.pool import Pool
+from router.reasoning import registry as reasoning
 from router.sampling import SamplingDefaults
 from router.schema import ChatRequest, CompletionRequest, Request
 from router.settings import RouterSettings
 from router.tokenizer import Tokenizer, off_loop
+from router.tools import registry as tool_formats
 
 _COMPLETION_TOKENS = 16  # what /v1/completions generates when the client does not say, as at OpenAI
 
@@ -38,6 +42,7 @@ class Job:
     sampling: tuple[SamplingParams, ...]  # one per prompt: max_tokens may depend on its length
     n: int
     rules: TextRules = field(default_factory=TextRules)
+    grammar: str = ""  # of every choice
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -56,7 +61,7 @@ class Job:
         sampling = self.sampling[i]
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + j) % 2**64)
-        return GenerateRequest(f"{self.job_id}-{i * self.n + j}", self.prompts[i], sampling)
+        return GenerateRequest(f"{self.job_id}-{i * self.n + j}", self.prompts[i], sampling, self.grammar)
 
 
 _Running = tuple[Choice, AttentionClient]
@@ -158,10 +163,14 @@ class Relay:
     """Turns requests into jobs and follows them. Holds nothing of a single request."""
 
     def __init__(self, settings: RouterSettings, pool: Pool, metrics: Metrics) -> None:
-        """Raises CheckpointError when the model's tokenizer, chat template or generation config is damaged."""
+        """Raises CheckpointError when the model's tokenizer, chat template or generation config is damaged, ConfigError
+        for an unknown parser."""
         self._settings = settings
         self._tokenizer = Tokenizer(settings.tokenizer_json)
         self._template = ChatTemplate(settings.tokenizer_config)
+        self._answers = Answers(
+            tool_formats.create(settings.tool_parser), reasoning.find(settings.reasoning_parser), self._tokenizer
+        )
         self._defaults = SamplingDefaults.read(settings.generation_config)
         self._pool = pool
         self._metrics = metrics
@@ -180,16 +189,23 @@ class Relay:
     async def chat_job(self, job_id: str, request: ChatRequest) -> Job:
         """Raises RequestError. The answer may by default take the rest of the context."""
 
-        def tokenize() -> list[int]:
+        knows_tools = self._template.knows_tools
+        offered = [tool.for_model() for tool in request.offered_tools] if knows_tools else None
+
+        def tokenize() -> tuple[str, list[int]]:
             text = self._template.render(
-                [message.for_template() for message in request.messages],
+                conversation.messages(request, self._answers.tools, template_knows_tools=knows_tools),
                 add_generation_prompt=request.add_generation_prompt is not False,
+                tools=offered or None,
                 variables=request.chat_template_kwargs or {},
             )
-            return self._tokenizer.encode(text, special=bool(request.add_special_tokens))
+            return text, self._tokenizer.encode(text, special=bool(request.add_special_tokens))
 
-        ids = await off_loop(tokenize, sum(len(message.content) for message in request.messages))
-        return self._job(job_id, request, [ids], "messages", self._settings.max_context)
+        check_choice(request)
+        num_chars = sum(len(message.content) for message in request.messages) + len(str(request.offered_tools))
+        text, ids = await off_loop(tokenize, num_chars)
+        plan = await self._answers.chat(request, text)
+        return self._job(job_id, request, [ids], "messages", self._settings.max_context, plan)
 
     async def completion_job(self, job_id: str, request: CompletionRequest) -> Job:
         """Raises RequestError."""
@@ -204,7 +220,8 @@ class Relay:
         prompts = await off_loop(
             lambda: [token_ids(prompt) for prompt in request.prompt], sum(map(len, request.prompt))
         )
-        return self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS)
+        plan = await self._answers.completion(request)
+        return self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS, plan)
 
     @asynccontextmanager
     async def open(self, job: Job) -> AsyncIterator[Stream]:
@@ -237,7 +254,9 @@ class Relay:
             )
             raise RequestError(message, param=param, code="invalid_token_id")
 
-    def _job(self, job_id: str, request: Request, prompts: list[list[int]], param: str, default_tokens: int) -> Job:
+    def _job(
+        self, job_id: str, request: Request, prompts: list[list[int]], param: str, default_tokens: int, plan: Plan
+    ) -> Job:
         self._check_vocabulary(request.stop_token_ids or [], "stop_token_ids")
         context = self.max_context
         sampling = []
@@ -254,6 +273,6 @@ class Relay:
                     code="context_length_exceeded",
                 )
             sampling.append(self._defaults.sampling(request, min(default_tokens, room) if limit is None else limit))
-        keep_special = request.skip_special_tokens is False
-        rules = TextRules(tuple(request.stop), bool(request.include_stop_str_in_output), keep_special)
-        return Job(job_id, tuple(map(tuple, prompts)), tuple(sampling), request.n or 1, rules)
+        keep_special = request.skip_special_tokens is False or plan.keep_special
+        rules = TextRules(tuple(request.stop), bool(request.include_stop_str_in_output), keep_special, plan.parser)
+        return Job(job_id, tuple(map(tuple, prompts)), tuple(sampling), request.n or 1, rules, plan.grammar)

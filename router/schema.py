@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from afd.errors import RequestError
+from router.structured import Structured
+from router.tools.fields import NamedTool, Tool, ToolCall, ToolChoice, Tools
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +52,6 @@ OFF_VALUES: dict[str, tuple[object, ...]] = {
     "echo": (None, False),
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),
     "logit_bias": (None, {}),
@@ -63,9 +61,7 @@ OFF_VALUES: dict[str, tuple[object, ...]] = {
     "prompt_embeds": (None,),
     "prompt_logprobs": (None,),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
     "return_tokens_as_token_ids": (None, False),
-    "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
@@ -134,14 +130,24 @@ class StreamOptions(_Body):
 
 
 class Message(BaseModel):
-    """One turn. Fields that answers carry and clients send back (refusal, annotations, …) are not looked at."""
+    """One turn. Fields that answers carry and clients send back (refusal, annotations, …) are not looked at. Where an
+    assistant calls tools, content may be missing."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_text)]
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
 
     def for_template(self) -> dict[str, object]:
         """As chat templates expect it; "developer" is the newer name of "system", which they know."""
@@ -149,7 +155,7 @@ class Message(BaseModel):
         return fields | {"role": "system"} if self.role == "developer" else fields
 
 
-class _Generation(_Body):
+class _Generation(_Body, Structured):
     """What both endpoints share."""
 
     model: str
@@ -198,6 +204,24 @@ class ChatRequest(_Generation):
     chat_template_kwargs: dict[str, object] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Those that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def named_tool(self) -> str | None:
+        """The one function that must be called, if the client says which."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or self.named_tool is not None
 
     @property
     def token_limit(self) -> int | None:
@@ -252,7 +276,7 @@ def _implemented(data: Mapping[str, object], kind: type[_Generation]) -> dict[st
             log.debug("ignored the unknown request field %.80r", name)
     messages = fields.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        for name in ("tool_calls", "function_call", "audio"):
+        for name in ("function_call", "audio"):
             if isinstance(message, dict) and message.get(name):
                 param = f"messages[{index}].{name}"
                 raise RequestError(

@@ -24,6 +24,8 @@ class RouterSettings:
     tokenizer_json: Path
     tokenizer_config: Mapping[str, object] = field(default_factory=dict)
     generation_config: Mapping[str, object] = field(default_factory=dict)
+    tool_parser: str = "hermes"  # a name in router.tools.registry
+    reasoning_parser: str = "none"  # none, or a name in router.reasoning.registry
     policy: str = "least_loaded"  # a name in policy.POLICIES; for programs that embed the router, no setting sets it
     drain_s: float = 5.0  # how long requests in flight may finish on shutdown
     deadline_s: float = 60.0

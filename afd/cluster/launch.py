@@ -205,6 +205,8 @@ def _router_settings(router: Any, deployment: Deployment, files: library.ModelFi
         tokenizer_config=files.tokenizer_config,
         generation_config=files.generation_config,
         drain_s=deployment.router.drain_s,
+        tool_parser=deployment.router.tool_parser,
+        reasoning_parser=deployment.router.reasoning_parser,
         deadline_s=deployment.transport.deadline_s + 30.0,  # the workers' own deadline runs out first and says more
     )
 

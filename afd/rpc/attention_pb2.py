@@ -24,35 +24,35 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x66\x64/rpc/attention.proto\x12\x07\x61\x66\x64.rpc\"]\n\rRouterMessage\x12!\n\x06submit\x18\x01 \x01(\x0b\x32\x0f.afd.rpc.SubmitH\x00\x12!\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x0f.afd.rpc.CancelH\x00\x42\x06\n\x04kind\"k\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12#\n\x08sampling\x18\x03 \x01(\x0b\x32\x11.afd.rpc.Sampling\x12\x0e\n\x06handle\x18\x04 \x01(\r\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xb1\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x15\n\x08logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_logprobs\"S\n\x0bStepOutputs\x12 \n\x07outputs\x18\x01 \x03(\x0b\x32\x0f.afd.rpc.Output\x12\x0f\n\x07handles\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xbd\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x06tokens\x18\x02 \x03(\x0b\x32\x0e.afd.rpc.Token\x12,\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x15.afd.rpc.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0c\x63lient_error\x18\x06 \x01(\x08\x42\x10\n\x0e_stop_token_id\"f\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12)\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x13.afd.rpc.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x0f\n\rStatusRequest\"\xaa\x02\n\x0bStatusReply\x12\x16\n\x0e\x61ttention_rank\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x06 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x18\n\x10generated_tokens\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\x12\x13\n\x0bmax_context\x18\x0c \x01(\r\x12\x14\n\x0cmicrobatches\x18\r \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x0e \x01(\x04*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x32~\n\tAttention\x12\x39\n\x05Serve\x12\x16.afd.rpc.RouterMessage\x1a\x14.afd.rpc.StepOutputs(\x01\x30\x01\x12\x36\n\x06Status\x12\x16.afd.rpc.StatusRequest\x1a\x14.afd.rpc.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x66\x64/rpc/attention.proto\x12\x07\x61\x66\x64.rpc\"]\n\rRouterMessage\x12!\n\x06submit\x18\x01 \x01(\x0b\x32\x0f.afd.rpc.SubmitH\x00\x12!\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x0f.afd.rpc.CancelH\x00\x42\x06\n\x04kind\"|\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12#\n\x08sampling\x18\x03 \x01(\x0b\x32\x11.afd.rpc.Sampling\x12\x0e\n\x06handle\x18\x04 \x01(\r\x12\x0f\n\x07grammar\x18\x05 \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xb1\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x15\n\x08logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_logprobs\"S\n\x0bStepOutputs\x12 \n\x07outputs\x18\x01 \x03(\x0b\x32\x0f.afd.rpc.Output\x12\x0f\n\x07handles\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xbd\x01\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x06tokens\x18\x02 \x03(\x0b\x32\x0e.afd.rpc.Token\x12,\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x15.afd.rpc.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0c\x63lient_error\x18\x06 \x01(\x08\x42\x10\n\x0e_stop_token_id\"f\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12)\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x13.afd.rpc.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x0f\n\rStatusRequest\"\xaa\x02\n\x0bStatusReply\x12\x16\n\x0e\x61ttention_rank\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x06 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x18\n\x10generated_tokens\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\x12\x13\n\x0bmax_context\x18\x0c \x01(\r\x12\x14\n\x0cmicrobatches\x18\r \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x0e \x01(\x04*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04\x32~\n\tAttention\x12\x39\n\x05Serve\x12\x16.afd.rpc.RouterMessage\x1a\x14.afd.rpc.StepOutputs(\x01\x30\x01\x12\x36\n\x06Status\x12\x16.afd.rpc.StatusRequest\x1a\x14.afd.rpc.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'afd.rpc.attention_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1327
-  _globals['_FINISHREASON']._serialized_end=1476
+  _globals['_FINISHREASON']._serialized_start=1344
+  _globals['_FINISHREASON']._serialized_end=1493
   _globals['_ROUTERMESSAGE']._serialized_start=36
   _globals['_ROUTERMESSAGE']._serialized_end=129
   _globals['_SUBMIT']._serialized_start=131
-  _globals['_SUBMIT']._serialized_end=238
-  _globals['_CANCEL']._serialized_start=240
-  _globals['_CANCEL']._serialized_end=268
-  _globals['_SAMPLING']._serialized_start=271
-  _globals['_SAMPLING']._serialized_end=576
-  _globals['_STEPOUTPUTS']._serialized_start=578
-  _globals['_STEPOUTPUTS']._serialized_end=661
-  _globals['_OUTPUT']._serialized_start=664
-  _globals['_OUTPUT']._serialized_end=853
-  _globals['_TOKEN']._serialized_start=855
-  _globals['_TOKEN']._serialized_end=957
-  _globals['_TOPLOGPROB']._serialized_start=959
-  _globals['_TOPLOGPROB']._serialized_end=1006
-  _globals['_STATUSREQUEST']._serialized_start=1008
-  _globals['_STATUSREQUEST']._serialized_end=1023
-  _globals['_STATUSREPLY']._serialized_start=1026
-  _globals['_STATUSREPLY']._serialized_end=1324
-  _globals['_ATTENTION']._serialized_start=1478
-  _globals['_ATTENTION']._serialized_end=1604
+  _globals['_SUBMIT']._serialized_end=255
+  _globals['_CANCEL']._serialized_start=257
+  _globals['_CANCEL']._serialized_end=285
+  _globals['_SAMPLING']._serialized_start=288
+  _globals['_SAMPLING']._serialized_end=593
+  _globals['_STEPOUTPUTS']._serialized_start=595
+  _globals['_STEPOUTPUTS']._serialized_end=678
+  _globals['_OUTPUT']._serialized_start=681
+  _globals['_OUTPUT']._serialized_end=870
+  _globals['_TOKEN']._serialized_start=872
+  _globals['_TOKEN']._serialized_end=974
+  _globals['_TOPLOGPROB']._serialized_start=976
+  _globals['_TOPLOGPROB']._serialized_end=1023
+  _globals['_STATUSREQUEST']._serialized_start=1025
+  _globals['_STATUSREQUEST']._serialized_end=1040
+  _globals['_STATUSREPLY']._serialized_start=1043
+  _globals['_STATUSREPLY']._serialized_end=1341
+  _globals['_ATTENTION']._serialized_start=1495
+  _globals['_ATTENTION']._serialized_end=1621
 # @@protoc_insertion_point(module_scope)

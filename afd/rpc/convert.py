@@ -51,6 +51,7 @@ def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
         request_id=request.request_id,
         handle=handle,
         prompt_token_ids=request.prompt_token_ids,
+        grammar=request.grammar,
         sampling=pb.Sampling(
             max_tokens=sampling.max_tokens,
             min_tokens=sampling.min_tokens,
@@ -90,7 +91,7 @@ def request_from_proto(message: pb.Submit) -> GenerateRequest:
     _demand(message.request_id != "", "request_id", message.request_id, "not be empty")
     _demand(len(message.prompt_token_ids) > 0, "prompt_token_ids", [], "hold at least one token")
     check_sampling(params)
-    return GenerateRequest(message.request_id, tuple(message.prompt_token_ids), params)
+    return GenerateRequest(message.request_id, tuple(message.prompt_token_ids), params, message.grammar)
 
 
 def check_sampling(params: SamplingParams) -> None:

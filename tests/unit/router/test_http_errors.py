@@ -13,6 +13,19 @@ CHAT = [{"role": "user", "content": "hi"}]
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
 
 
+def tool(name, parameters=None):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+def call(arguments):
+    """An assistant's message that calls a tool."""
+    return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
+
+
 def refused(response, status, param, *words):
     """Checks the shape and gives the error's code."""
     assert response.status_code == status, response.text
@@ -65,8 +78,21 @@ def refused(response, status, param, *words):
         ({"prompt_logprobs": 1}, "prompt_logprobs", "not supported"),
         ({"skip_special_tokens": "no"}, "skip_special_tokens", "'no'"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"tools": [{}]}, "tools", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'xml'"),
+        ({"guided_regex": "("}, "guided_regex", "unclosed group"),
+        ({"guided_choice": []}, "guided_choice", "at least 1"),
+        ({"guided_json": {"type": "objec"}}, "guided_json", "objec"),
+        ({"structured_outputs": {}}, "structured_outputs", "asks for nothing"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "JSON schema"),
+        ({"structured_outputs": {"grammar": "begin: x"}}, "structured_outputs.grammar", "start"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "one grammar only"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+            "response_format",
+            "Unimplemented",
+        ),
+        ({"guided_regex": "a" * 200_000}, "guided_regex", "131072"),
     ],
 )
 def test_a_bad_field_is_named_by_both_endpoints(router, fields, param, word):
@@ -111,13 +137,24 @@ def test_a_bad_field_of_completions_is_named(router, fields, param, word):
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
         ({"messages": IMAGE}, "messages[0].content", "image_url"),
-        ({"messages": [{**CHAT[0], "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+        ({"messages": [{**CHAT[0], "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function", "missing"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "None"),
+        ({"messages": [call("{")]}, "messages[0].tool_calls[0].function.arguments", "JSON object"),
+        ({"messages": [call("[]")]}, "messages[0].tool_calls[0].function.arguments", "JSON object"),
+        ({"tools": [{}]}, "tools[0].type", "missing"),
+        ({"tools": [tool("a b")]}, "tools[0].function.name", "characters"),
+        ({"tools": [tool("f"), tool("f")]}, "tools", "'f'"),
+        ({"tools": [tool("f")], "tool_choice": "maybe"}, "tool_choice", "required"),
+        ({"tools": [tool("f")], "tool_choice": named("g")}, "tool_choice", "'g'"),
+        ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
+        ({"tools": [tool("f", {"type": "objec"})], "tool_choice": "required"}, "tools", "objec"),
         ({"logprobs": 3}, "logprobs", "3"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "0"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "dictionary"),
         ({"continue_final_message": True}, "continue_final_message", "not supported"),
+        ({"tools": [{}]}, "tools", "not supported"),
     ],
 )
 def test_a_bad_field_of_chat_is_named(router, fields, param, word):
