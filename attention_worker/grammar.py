@@ -102,6 +102,6 @@ class Grammars:
     def _read_tokenizer(self) -> LLTokenizer:
         if self._tokenizer is None:
             self._tokenizer = LLTokenizer(
-                str(self._tokenizer_json), n_vocab=self._vocab, eos_token=list(self._eos_token_ids)
+                str(self._tokenizer_json), n_vocab=self._vocab, eos_token=list(self._eos_token_ids) or None
             )
         return self._tokenizer

@@ -19,17 +19,18 @@ class Delta:
     """What one step added to a choice. `offsets[i]` is how many characters of the choice came before `tokens[i]`.
 
     Tokens come out at once, text only when it is certain, so a delta may have tokens and no text. `stop_reason` is
-    the stop string or stop token id of the request that ended the choice; None for EOS, as in vLLM.
+    the stop string or stop token id of the request that ended the choice; None for EOS, as in vLLM. `reasoning` and
+    `calls` are what a parser took out of the text.
     """
 
     index: int
     text: str = ""
-    reasoning: str = ""
-    calls: list[CallDelta] = field(default_factory=list)
     tokens: list[SampledToken] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
     finish_reason: FinishReason | Literal["tool_calls"] | None = None
     stop_reason: str | int | None = None
+    reasoning: str = ""
+    calls: list[CallDelta] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

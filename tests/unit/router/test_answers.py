@@ -40,6 +40,12 @@ HISTORY = [
 
 
 @pytest.fixture
+def settings(settings: RouterSettings) -> RouterSettings:
+    """With room for tools in the prompt."""
+    return replace(settings, max_context=4096)
+
+
+@pytest.fixture
 def llg(settings: RouterSettings) -> LLTokenizer:
     return LLTokenizer(str(settings.tokenizer_json), n_vocab=settings.vocab_size, eos_token=2)
 
@@ -86,7 +92,7 @@ def sent(worker) -> tuple[str, str]:
         ({"guided_json": json.dumps(CITY)}, ['{"city": "x"}'], ["{}"]),
         ({"structured_outputs": {"json": CITY}}, ['{"city": "x"}'], ["{}"]),
         ({"structured_outputs": {"json_object": True}}, ["{}"], ["1"]),
-        ({"guided_regex": "^[ab]+/\\\\d{2}$"}, ["ab/12"], ["ab/1", "c/12"]),
+        ({"guided_regex": "^[ab]+/\\d{2}$"}, ["ab/12"], ["ab/1", "c/12"]),
         ({"structured_outputs": {"regex": "[^x]\\n?"}}, ["é", "y\n"], ["x"]),
         ({"guided_choice": ['a"b\\n', "/é/"]}, ['a"b\\n', "/é/"], ["a", "é"]),
         ({"structured_outputs": {"choice": ["yes", "no"]}}, ["yes", "no"], ["yesno"]),
@@ -230,8 +236,7 @@ def test_a_template_that_knows_tools_gets_them(start, settings, worker, tokenize
     assert tokenizer.decode(sent(worker)[1], special=True) == expected
 
 
-def test_for_a_template_that_does_not_tools_become_text(start, settings, worker, tokenizer) -> None:
-    router = start(replace(settings, max_context=2048), worker)
+def test_for_a_template_that_does_not_tools_become_text(router, worker, tokenizer) -> None:
     ask(router, messages=[{"role": "system", "content": "Be brief."}, *HISTORY], tools=[TOOL])
     system, user, assistant, result, _ = tokenizer.decode(sent(worker)[1], special=True).split("<|im_start|>")[1:]
     assert system.startswith("system\nBe brief.\n\n")

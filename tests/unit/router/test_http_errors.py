@@ -119,6 +119,7 @@ def test_a_bad_field_is_named_by_both_endpoints(router, fields, param, word):
         ({"logprobs": True}, "logprobs", "True"),
         ({"logprobs": 21}, "logprobs", "20"),
         ({"echo": True}, "echo", "not supported"),
+        ({"tools": [{}]}, "tools", "not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 3}, "best_of", "not supported"),
         ({"prompt": ["a"] * 513, "n": 2}, "prompt", "1024"),
@@ -154,7 +155,6 @@ def test_a_bad_field_of_completions_is_named(router, fields, param, word):
         ({"max_completion_tokens": 0}, "max_completion_tokens", "0"),
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "dictionary"),
         ({"continue_final_message": True}, "continue_final_message", "not supported"),
-        ({"tools": [{}]}, "tools", "not supported"),
     ],
 )
 def test_a_bad_field_of_chat_is_named(router, fields, param, word):

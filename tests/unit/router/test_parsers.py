@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from afd.config import RouterSection
 from afd.errors import ConfigError
 from router.answer import AnswerParser
 from router.reasoning import registry as reasoning
@@ -195,6 +197,12 @@ def test_a_call_in_step3s_format_is_read_back() -> None:
 
 def test_without_parallel_calls_the_first_is_the_only_one() -> None:
     assert len(read(parser("hermes", only_first=True), [CALL * 3])[2]) == 1
+
+
+def test_the_deployment_file_knows_the_same_names() -> None:
+    fields = RouterSection.model_fields
+    assert get_args(fields["tool_parser"].annotation) == tuple(formats.FORMATS)
+    assert get_args(fields["reasoning_parser"].annotation) == ("none", *reasoning.REASONING)
 
 
 def test_unknown_names_list_the_known_ones() -> None:

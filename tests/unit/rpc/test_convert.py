@@ -43,7 +43,9 @@ sampling = st.integers(0, 100).flatmap(
         logprobs=st.none() | st.integers(0, 20),
     )
 )
-requests = st.builds(GenerateRequest, st.text(min_size=1), st.lists(ids, min_size=1, max_size=9).map(tuple), sampling)
+requests = st.builds(
+    GenerateRequest, st.text(min_size=1), st.lists(ids, min_size=1, max_size=9).map(tuple), sampling, st.text()
+)
 tokens = st.one_of(
     st.builds(SampledToken, ids),
     st.builds(SampledToken, ids, single, st.lists(st.tuples(ids, single), max_size=3).map(tuple)),
