@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from afd.errors import RequestError
 from router import structured
 from router.reasoning.base import CLOSE, OPEN, Prompt, Reasoning, ReasoningParser, said_by
 from router.schema import ChatRequest, CompletionRequest
@@ -139,18 +138,3 @@ class Answers:
         """The Lark for a tag: special tokens have a notation of their own."""
         token = self._tokenizer.special_id(text)
         return quoted(text) if token is None else f"<[{token}]>"
-
-
-def check_choice(request: ChatRequest) -> None:
-    """Raises RequestError for a tool_choice that does not fit the tools."""
-    names = [tool.function.name for tool in request.tools or []]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise RequestError(f"tools holds two functions named {twice!r}", param="tools")
-    if request.must_call and not names:
-        raise RequestError("tool_choice asks for a call, but tools is empty", param="tool_choice")
-    if request.named_tool is not None and request.named_tool not in names:
-        raise RequestError(
-            f"tool_choice names the function {request.named_tool!r}, but tools has {', '.join(names)}",
-            param="tool_choice",
-        )

@@ -18,7 +18,7 @@ from afd.errors import RequestError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SamplingParams
 from router import conversation
-from router.answer import Answers, Plan, check_choice
+from router.answer import Answers, Plan
 from router.chat import ChatTemplate
 from router.choice import Choice, Delta, TextRules
 from router.metrics import Metrics
@@ -201,7 +201,6 @@ class Relay:
             )
             return text, self._tokenizer.encode(text, special=bool(request.add_special_tokens))
 
-        check_choice(request)
         num_chars = sum(len(message.content) for message in request.messages) + len(str(request.offered_tools))
         text, ids = await off_loop(tokenize, num_chars)
         plan = await self._answers.chat(request, text)

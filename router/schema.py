@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from afd.errors import RequestError
 from router.structured import Structured
-from router.tools.fields import NamedTool, Tool, ToolCall, ToolChoice, Tools
+from router.tools.fields import ToolCall, ToolFields
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class _Generation(_Body, Structured):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class ChatRequest(_Generation):
+class ChatRequest(_Generation, ToolFields):
     """POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
@@ -204,24 +204,6 @@ class ChatRequest(_Generation):
     chat_template_kwargs: dict[str, object] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: Tools | None = None
-    tool_choice: ToolChoice | None = None
-    parallel_tool_calls: bool | None = None
-
-    @property
-    def offered_tools(self) -> list[Tool]:
-        """Those that the model is told of."""
-        return [] if self.tool_choice == "none" else self.tools or []
-
-    @property
-    def named_tool(self) -> str | None:
-        """The one function that must be called, if the client says which."""
-        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
-
-    @property
-    def must_call(self) -> bool:
-        """Whether the answer has to be a call."""
-        return self.tool_choice == "required" or self.named_tool is not None
 
     @property
     def token_limit(self) -> int | None:
@@ -289,6 +271,8 @@ def _check_together(request: Request) -> None:
     """Rules over several fields."""
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only for requests with stream: true", param="stream_options")
+    if isinstance(request, ChatRequest):
+        request.check_choice()
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs is only for requests with logprobs: true", param="top_logprobs")
     num_prompts = len(request.prompt) if isinstance(request, CompletionRequest) else 1

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from afd.errors import RequestError
+
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
@@ -87,3 +89,42 @@ def _choice(value: object) -> object:
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_choice)]
+
+
+class ToolFields(BaseModel):
+    """The fields of a chat request that are about tools."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Those that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def named_tool(self) -> str | None:
+        """The one function that must be called, if the client says which."""
+        return self.tool_choice.function.name if isinstance(self.tool_choice, NamedTool) else None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer has to be a call."""
+        return self.tool_choice == "required" or self.named_tool is not None
+
+    def check_choice(self) -> None:
+        """Raises RequestError for a tool_choice that does not fit the tools."""
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise RequestError(f"tools holds two functions named {twice!r}", param="tools")
+        if self.must_call and not names:
+            raise RequestError("tool_choice asks for a call, but tools is empty", param="tool_choice")
+        if self.named_tool is not None and self.named_tool not in names:
+            raise RequestError(
+                f"tool_choice names the function {self.named_tool!r}, but tools has {', '.join(names)}",
+                param="tool_choice",
+            )

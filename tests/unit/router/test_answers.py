@@ -24,7 +24,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool
 TOOL_TEMPLATE = (
     "{% for t in tools or [] %}{{ t.function.name }};{% endfor %}"
     "{% for m in messages %}{{ m.role }}:{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}\n{% endfor %}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}|{% endfor %}"
 )
 HISTORY = [
     *CHAT,
@@ -226,8 +226,8 @@ def test_tags_that_are_special_tokens_are_read_and_forced(start, settings, worke
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"tools": [TOOL, OTHER]}, "weather;time;user:How is Paris?\nassistant:[weather Paris]\ntool:sunny\n"),
-        ({"tools": [TOOL], "tool_choice": "none"}, "user:How is Paris?\nassistant:[weather Paris]\ntool:sunny\n"),
+        ({"tools": [TOOL, OTHER]}, "weather;time;user:How is Paris?|assistant:[weather Paris]|tool:sunny|"),
+        ({"tools": [TOOL], "tool_choice": "none"}, "user:How is Paris?|assistant:[weather Paris]|tool:sunny|"),
     ],
 )
 def test_a_template_that_knows_tools_gets_them(start, settings, worker, tokenizer, fields, expected) -> None:
