@@ -52,6 +52,10 @@ def serve(
     backend: Annotated[Text, typer.Option(help="ray, or local: plain processes on this machine.")] = None,
     host: Annotated[Text, typer.Option(help="Address the router listens on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port the router listens on; 0 picks one.")] = None,
+    tool_parser: Annotated[Text, typer.Option(help="How the model writes tool calls: hermes or step3.")] = None,
+    reasoning_parser: Annotated[
+        Text, typer.Option(help="How it tells reasoning from its answer: none, step3 or deepseek_r1.")
+    ] = None,
 ) -> None:
     """Serves a model until Ctrl-C. Flags override the deployment file."""
     from afd import config, env
@@ -69,6 +73,8 @@ def serve(
         "cluster.backend": backend,
         "router.host": host,
         "router.port": port,
+        "router.tool_parser": tool_parser,
+        "router.reasoning_parser": reasoning_parser,
     }
     launch.serve(config.load(deployment).with_flags(flags))
 

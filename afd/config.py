@@ -146,6 +146,8 @@ class RouterSection(_Section):
     log_format: Literal["text", "json"] | None = None  # None: as AFD_LOG_FORMAT says
     otlp_endpoint: Annotated[str, AfterValidator(_http_url)] | None = None  # None: OTEL_EXPORTER_OTLP_ENDPOINT
     prices: PricesSection = PricesSection()
+    tool_parser: Literal["hermes", "step3"] = "hermes"  # how the model writes tool calls
+    reasoning_parser: Literal["none", "step3", "deepseek_r1"] = "none"  # how it tells reasoning from the answer
 
 
 class Deployment(_Section):

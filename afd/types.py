@@ -94,13 +94,15 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to continue, as the attention worker sees it. `request_id` is unique per router connection."""
+    """One sequence to continue, as the attention worker sees it. `request_id` is unique per router connection;
+    `grammar` is one of llguidance (afd.grammar), and the answer one that it takes; "": any answer."""
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     priority: int = 0  # of those that wait, lower is served earlier
     cache_salt: str = ""  # computed prefixes are shared only between requests with the same
+    grammar: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from afd.transport.ports import AttentionPort
 from afd.types import FfnAddress, Role
 from attention_worker.block_manager import BlockManager
 from attention_worker.engine import Engine
+from attention_worker.grammar import Grammars
 from attention_worker.kv_cache import KvCache
 from attention_worker.scheduler import Scheduler
 from attention_worker.service import Service
@@ -177,6 +178,7 @@ class AttentionWorker:
             max_waiting=settings.max_waiting,
             tuner=tuner,
             attention_rank=self.attention_rank,
+            grammars=Grammars(plan.files.tokenizer_json, spec.vocab, spec.eos_token_ids),
         )
 
     def _num_blocks(self, plan: build.Plan) -> int:

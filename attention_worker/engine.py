@@ -24,11 +24,13 @@ from afd.pipeline.timeline import Activity, Timeline
 from afd.transport.frame import Frame, FrameKind
 from afd.transport.ports import AttentionPort
 from afd.types import GenerateRequest, Role, SampledToken, WorkerState
+from attention_worker.grammar import Grammars
 from attention_worker.kv_cache import KvCache
 from attention_worker.microbatch import Dispatch, Microbatch
 from attention_worker.requests import Publish, Requests
 from attention_worker.sampler import Sampler
 from attention_worker.scheduler import Batch, Scheduler
+from attention_worker.sequence import Sequence
 from attention_worker.tuner import MicrobatchTuner
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ ENOUGH = 2
 
 class Engine:
     """`port` is connected to every FFN rank, and raises when one of them is lost or does not answer in time.
-    `tuner`, if there is one, sets the scheduler's number of microbatches as it goes."""
+    `tuner`, if there is one, sets the scheduler's number of microbatches as it goes; without `grammars`, requests with
+    a grammar are refused."""
 
     def __init__(
         self,
@@ -56,6 +59,7 @@ class Engine:
         max_waiting: int,
         attention_rank: int = 0,
         tuner: MicrobatchTuner | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
         self.timeline = Timeline(Role.ATTENTION, attention_rank)
         self.scheduler = scheduler
@@ -70,7 +74,9 @@ class Engine:
             eos_token_ids=spec.eos_token_ids,
             max_context=max_context,
             max_waiting=max_waiting,
+            compile_grammar=self._compile if grammars else None,
         )
+        self._grammars = grammars
         sampler = Sampler(spec.eos_token_ids)
         self.microbatches = [
             Microbatch(
@@ -103,6 +109,8 @@ class Engine:
                     log.exception("the engine failed")
                     self._lose(f"the attention worker's engine failed: {error}")
         self._fail_all("the attention worker is stopping")
+        if self._grammars:
+            self._grammars.close()
         self.requests.flush()
 
     @property
@@ -250,6 +258,13 @@ class Engine:
             self._stopping = True
 
         self._note(end)
+
+    def _compile(self, sequence: Sequence) -> None:
+        assert self._grammars is not None, "a grammar without a compiler"
+        self._grammars.compile(
+            sequence.request.grammar,
+            lambda outcome: self._note(lambda: self.requests.compiled(sequence, outcome)),
+        )
 
     def _note(self, action: Callable[[], None]) -> None:
         self._inbox.put(action)

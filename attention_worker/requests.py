@@ -11,11 +11,15 @@ import time
 from collections.abc import Callable, Iterable
 
 from afd.types import GenerateOutput, GenerateRequest, SampledToken
+from attention_worker.grammar import Matcher
 from attention_worker.scheduler import Batch, Scheduler
 from attention_worker.sequence import Sequence
 
 # Told, once a step, what requests got: (owner, output) pairs. Called from the engine's thread; must not block.
 Publish = Callable[[list[tuple[int, GenerateOutput]]], None]
+
+# Given a sequence with a grammar. What comes of it is told to `Requests.compiled`, later, on the engine's thread.
+Compile = Callable[[Sequence], None]
 
 
 class Requests:
@@ -30,6 +34,7 @@ class Requests:
         eos_token_ids: tuple[int, ...],
         max_context: int,
         max_waiting: int,
+        compile_grammar: Compile | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.vocab = vocab
@@ -42,6 +47,8 @@ class Requests:
         self.generated_tokens = 0
         self.prompt_tokens = 0  # computed, recomputation after a preemption included
         self._publish = publish
+        self._compile = compile_grammar
+        self._compiling: set[Sequence] = set()
         self._living: dict[tuple[int, str], Sequence] = {}
         self._outputs: list[tuple[int, GenerateOutput]] = []
 
@@ -53,13 +60,28 @@ class Requests:
             self._outputs.append((owner, sequence.end("error", refusal, client_error=True)))
         elif self.problem:
             self._outputs.append((owner, sequence.end("error", self.problem, refused="unavailable")))
-        elif len(self.scheduler.waiting) >= self.max_waiting:
+        elif len(self.scheduler.waiting) + len(self._compiling) >= self.max_waiting:
             full = f"{self.max_waiting} requests are waiting already (attention.max_waiting)"
             self._outputs.append((owner, sequence.end("error", full, refused="full")))
         else:
             self._living[sequence.key] = sequence
-            self.scheduler.add(sequence)
             self.none_left.clear()
+            if request.grammar and self._compile is not None:
+                self._compiling.add(sequence)
+                self._compile(sequence)
+            else:
+                self.scheduler.add(sequence)
+
+    def compiled(self, sequence: Sequence, outcome: Matcher | str) -> None:
+        """Queues a request whose grammar was compiled, or ends it with the sentence on why it was not."""
+        if sequence not in self._compiling:
+            return  # cancelled or failed meanwhile
+        self._compiling.remove(sequence)
+        if isinstance(outcome, Matcher):
+            sequence.matcher = outcome
+            self.scheduler.add(sequence)
+        else:
+            self._refuse(sequence, outcome)
 
     def cancel(self, owner: int, request_id: str) -> None:
         """Frees an idle request's blocks now, one in flight's when its step ends. Unknown ids are ignored."""
@@ -83,7 +105,9 @@ class Requests:
             if chunk.samples:
                 self.generated_tokens += 1
                 token = next(sampled)
-                if not sequence.cancelled:
+                if sequence.matcher is not None and sequence.matcher.problem and not sequence.cancelled:
+                    self._refuse(sequence, sequence.matcher.problem)
+                elif not sequence.cancelled:
                     output = sequence.append(token, self.eos_token_ids)
                     self._outputs.append((sequence.owner, output))
                     if output.finish_reason:
@@ -103,7 +127,7 @@ class Requests:
 
     def fail_all(self, sentence: str) -> None:
         """Ends every request; none is being computed any more."""
-        self.fail(self.scheduler.all(), sentence)
+        self.fail([*self.scheduler.all(), *self._compiling], sentence)
 
     def flush(self) -> None:
         """Publishes what was said since the last flush."""
@@ -113,8 +137,14 @@ class Requests:
         if not self._living:
             self.none_left.set()
 
+    def _refuse(self, sequence: Sequence, sentence: str) -> None:
+        """Ends a request whose own fault it is."""
+        self._outputs.append((sequence.owner, sequence.end("error", sentence, client_error=True)))
+        self._drop(sequence)
+
     def _drop(self, sequence: Sequence) -> None:
         self._living.pop(sequence.key, None)
+        self._compiling.discard(sequence)
         if not sequence.in_flight:
             self.scheduler.remove(sequence)
 
@@ -133,6 +163,8 @@ class Requests:
             )
         if request.sampling.max_tokens < 1:
             return f"max_tokens is {request.sampling.max_tokens}; it must be at least 1"
+        if request.grammar and self._compile is None:
+            return "this worker follows no grammars"
         if min(used) < 0 or max(used) >= self.vocab:
             wrong = next(t for t in used if not 0 <= t < self.vocab)
             return f"token id {wrong} is outside the vocabulary of {self.vocab}"

@@ -1,8 +1,9 @@
 """Chooses the next token of each row of logits. Rows do not influence one another.
 
-Order of treatment (as vLLM's): masks and biases, penalties, minimum length, temperature, then min_p, top_k and top_p
-filters. The draw for a token is a pure function of (seed, position), so a request gives the same text after preemption,
-in another batch, or on another worker. Log-probabilities are of the model's own distribution, before any treatment.
+Order of treatment (as vLLM's): grammar, masks and biases, penalties, minimum length, temperature, then min_p, top_k and
+top_p filters. The draw for a token is a pure function of (seed, position), so a request gives the same text after
+preemption, in another batch, or on another worker. Log-probabilities are of the model's own distribution, before any
+treatment.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from afd.native.packed import best_columns
 from afd.types import SampledToken, SamplingParams
 from attention_worker import bias
+from attention_worker.grammar import Matcher
 from attention_worker.sequence import Sequence
 
 
@@ -33,6 +35,8 @@ class Sampler:
         wants = [s.request.sampling.logprobs for s in sequences]
         raw = torch.log_softmax(logits, dim=-1) if any(w is not None for w in wants) else None
         for row, sequence in enumerate(sequences):
+            if sequence.matcher is not None:
+                _constrain(logits[row], sequence.matcher)
             bias.apply(logits[row], sequence)
             self._penalise(logits[row], sequence)
         chosen = self._choose(logits, sequences)
@@ -61,7 +65,10 @@ class Sampler:
         if sequence.num_generated < sampling.min_tokens:
             held_back = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self.eos_token_ids)]
             if held_back:
+                values = row[held_back]
                 row[held_back] = -torch.inf
+                if sequence.matcher is not None and row.max() == -torch.inf:
+                    row[held_back] = values  # the grammar allows nothing else
 
     def _choose(self, logits: Tensor, sequences: Seq[Sequence]) -> list[int]:
         best = best_columns(logits).tolist()
@@ -74,6 +81,13 @@ class Sampler:
                 for row, token_id in zip(rows, _draw(logits[rows], [sequences[r] for r in rows], sort), strict=True):
                     best[row] = token_id
         return list(best)
+
+
+def _constrain(row: Tensor, matcher: Matcher) -> None:
+    """Changes one row [vocab] in place; nothing when the grammar has a problem, which ends the request."""
+    allowed = matcher.allowed()  # [vocab], rounded up to whole words
+    if not matcher.problem:
+        row.masked_fill_(torch.from_numpy(~allowed[: len(row)]).to(row.device), -torch.inf)
 
 
 def uniform(seed: int, position: int) -> float:

@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, Refusal, SampledToken
+from attention_worker.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -14,8 +15,9 @@ class Sequence:
     """Prompt and generated tokens, and the blocks that hold the KV of the first `num_computed` of them.
 
     `owner` names the router connection that asked; its outputs go there. `seed` is the request's, or a random one,
-    so that (seed, position) always gives the same draw, whatever batch or worker computes it. `arrived_s` and
-    `scheduled_s` (its first step; None: it still waits) are monotonic times.
+    so that (seed, position) always gives the same draw, whatever batch or worker computes it. `matcher` follows the
+    request's grammar through the generated tokens; None: it has none. `arrived_s` and `scheduled_s` (its first step;
+    None: it still waits) are monotonic times.
     """
 
     request: GenerateRequest
@@ -31,6 +33,7 @@ class Sequence:
     num_cached: int | None = None  # tokens that were found computed when it was first admitted
     in_flight: bool = False
     cancelled: bool = False
+    matcher: Matcher | None = None
     order: int = 0  # admission order given by the scheduler; lower is older
     arrived_s: float = field(default_factory=time.monotonic)
     scheduled_s: float | None = None
@@ -83,6 +86,8 @@ class Sequence:
 
     def _finish(self, token_id: int, eos_token_ids: tuple[int, ...]) -> tuple[FinishReason | None, int | None]:
         sampling = self.request.sampling
+        if self.matcher is not None and self.matcher.take(token_id):  # whatever ignore_eos and min_tokens say
+            return "stop", token_id if token_id in eos_token_ids else None
         ends = token_id in sampling.stop_token_ids or (token_id in eos_token_ids and not sampling.ignore_eos)
         if ends and self.num_generated >= sampling.min_tokens:
             return "stop", token_id

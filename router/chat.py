@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -22,7 +23,7 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 
 class ChatTemplate:
     """The chat template of one model, as RouterSettings.tokenizer_config has it. Rendering is pure and may happen on
-    any thread."""
+    any thread. `knows_tools`: it says something of `tools`."""
 
     def __init__(self, tokenizer_config: Mapping[str, object]) -> None:
         """Raises CheckpointError for a template that is not text or not valid Jinja."""
@@ -31,7 +32,11 @@ class ChatTemplate:
         if source is not None and not isinstance(source, str):
             raise CheckpointError(f"chat_template in tokenizer_config is a {type(source).__name__}, not text")
         try:
-            self._template = None if source is None else _environment().from_string(source)
+            environment = _environment()
+            self._template = None if source is None else environment.from_string(source)
+            self.knows_tools = source is not None and "tools" in jinja2.meta.find_undeclared_variables(
+                environment.parse(source)
+            )
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the model's chat_template is damaged: line {error.lineno}: {error.message}"
@@ -45,6 +50,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, object]],
         *,
         add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, object]] | None = None,
         variables: Mapping[str, object] = MappingProxyType({}),
     ) -> str:
         """Prompt text; with `add_generation_prompt`, up to where the assistant's answer begins. `variables` are the
@@ -56,20 +62,26 @@ class ChatTemplate:
             message = "this model has no chat template; send the whole prompt to /v1/completions instead"
             raise RequestError(message, param="messages", code="no_chat_template")
         try:
-            context = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+            context = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
             return self._template.render({**context, **self._special_tokens, **variables, "messages": messages})
         except Exception as error:  # the template is the model's own code: it may fail in any way
             message = f"the model's chat template cannot render these messages: {error}"
             raise RequestError(message, param="messages", code="chat_template_error") from error
 
     def render_open(
-        self, messages: Sequence[Mapping[str, object]], *, variables: Mapping[str, object] = MappingProxyType({})
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        tools: Sequence[Mapping[str, object]] | None = None,
+        variables: Mapping[str, object] = MappingProxyType({}),
     ) -> str:
         """Prompt text up to the end of the last message's content, where the answer goes on. Raises RequestError."""
         *before, last = messages
         mark = f"\x02{uuid.uuid4().hex}"
         marked = [*before, {**last, "content": f"{last['content']}{mark}"}]
-        text, found, _ = self.render(marked, add_generation_prompt=False, variables=variables).rpartition(mark)
+        text, found, _ = self.render(marked, add_generation_prompt=False, tools=tools, variables=variables).rpartition(
+            mark
+        )
         if not found:
             message = "the model's chat template does not show the end of the last message, so it cannot be continued"
             raise RequestError(message, param="continue_final_message", code="chat_template_error")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SampledToken
+from router.answer import AnswerParser
 from router.detokenizer import detokenizer
 from router.stops import StopStrings
 from router.tokenizer import Tokenizer
+from router.tools.base import CallDelta
 
 
 @dataclass(slots=True)
@@ -15,15 +19,18 @@ class Delta:
     """What one step added to a choice. `offsets[i]` is how many characters of the choice came before `tokens[i]`.
 
     Tokens come out at once, text only when it is certain, so a delta may have tokens and no text. `stop_reason` is
-    the stop string or stop token id of the request that ended the choice; None for EOS, as in vLLM.
+    the stop string or stop token id of the request that ended the choice; None for EOS, as in vLLM. `reasoning` and
+    `calls` are what a parser took out of the text.
     """
 
     index: int
     text: str = ""
     tokens: list[SampledToken] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    finish_reason: FinishReason | Literal["tool_calls"] | None = None
     stop_reason: str | int | None = None
+    reasoning: str = ""
+    calls: list[CallDelta] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +40,7 @@ class TextRules:
     stops: tuple[str, ...] = ()
     keep_stop: bool = False  # what ended the answer, stop string or stop token, stays in its text
     keep_special: bool = False  # special tokens are text too
+    parser: Callable[[], AnswerParser] | None = None  # tells reasoning and calls from content; None: all is content
 
 
 class Choice:
@@ -48,12 +56,17 @@ class Choice:
         self._detokenizer = detokenizer(tokenizer, request.prompt_token_ids, special=rules.keep_special)
         self._stops = StopStrings(rules.stops, keep=rules.keep_stop)
         self._keep_stop = rules.keep_stop
+        self._parser = rules.parser() if rules.parser else None
 
     def accept(self, output: GenerateOutput) -> Delta:
         """Takes an output of the worker (no error) in order. After a delta with finish_reason nothing more is accepted.
 
         A stop string may end the choice before the worker does; the worker then has to be told.
         """
+        delta = self._accept(output)
+        return self._read(delta) if self._parser else delta
+
+    def _accept(self, output: GenerateOutput) -> Delta:
         delta = Delta(self.index)
         for token in output.tokens:
             delta.tokens.append(token)
@@ -73,9 +86,24 @@ class Choice:
 
     def accept_token(self, token_id: int) -> Delta:
         """The same for an ordinary token: one of an answer without logprobs that goes on."""
-        delta = Delta(self.index, "", [SampledToken(token_id)], [self._num_chars])
+        delta = Delta(self.index, tokens=[SampledToken(token_id)], offsets=[self._num_chars])
         self.num_tokens += 1
         self._add(delta, self._detokenizer.push(token_id))
+        return self._read(delta) if self._parser else delta
+
+    def _read(self, delta: Delta) -> Delta:
+        """Tells apart what the text of `delta` says."""
+        parser = self._parser
+        assert parser is not None, "nothing to read with"
+        read = parser.push(delta.text)
+        delta.text, delta.reasoning, delta.calls = read.content, read.reasoning, read.calls
+        if delta.finish_reason is not None:
+            rest = parser.flush()
+            delta.text += rest.content
+            delta.reasoning += rest.reasoning
+            delta.calls += rest.calls
+            if parser.called and delta.finish_reason == "stop":
+                delta.finish_reason = "tool_calls"
         return delta
 
     def _add(self, delta: Delta, text: str) -> bool:

@@ -93,15 +93,18 @@ class Generation(Response):
     async def _whole(self, stream: Stream, send: Send) -> None:
         answers = [Delta(index) for index in range(len(self._job.prompts) * self._job.n)]
         texts: list[list[str]] = [[] for _ in answers]
+        reasonings: list[list[str]] = [[] for _ in answers]
         while deltas := await stream.next():
             for delta in deltas:
                 answer = answers[delta.index]
                 texts[delta.index].append(delta.text)
+                reasonings[delta.index].append(delta.reasoning)
+                answer.calls += delta.calls
                 answer.tokens += delta.tokens
                 answer.offsets += delta.offsets
                 answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
-        for answer, pieces in zip(answers, texts, strict=True):
-            answer.text = "".join(pieces)
+        for answer, pieces, thoughts in zip(answers, texts, reasonings, strict=True):
+            answer.text, answer.reasoning = "".join(pieces), "".join(thoughts)
         content = self._shape.whole(best(answers, self._job), stream.num_generated, stream.num_cached)
         self.raw_headers.append((b"content-length", str(len(content)).encode()))
         await self._start()

@@ -17,18 +17,22 @@ from dataclasses import dataclass, field, replace
 from afd.errors import DeadlineExceeded, QueueFull, RequestError, TransportError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SamplingParams
+from router import conversation
 from router.admission import Admission
+from router.answer import Answers, Plan
 from router.chat import ChatTemplate
 from router.choice import Choice, Delta, TextRules
 from router.deadline import deadline
 from router.exchange import Exchange
 from router.metrics import Metrics
 from router.pool import Pool
+from router.reasoning import registry as reasoning
 from router.sampling import SamplingDefaults
 from router.schema import ChatPrompt, ChatRequest, CompletionRequest, Request
 from router.settings import RouterSettings
 from router.terms import Terms
 from router.tokenizer import Tokenizer, off_loop
+from router.tools import registry as tool_formats
 
 _COMPLETION_TOKENS = 16  # what /v1/completions generates when the client does not say, as at OpenAI
 
@@ -50,6 +54,8 @@ class Job:
     def num_kept(self) -> int:
         return self.n if self.best is None else self.best
 
+    grammar: str = ""  # of every choice
+
     @property
     def num_prompt_tokens(self) -> int:
         return sum(map(len, self.prompts))
@@ -68,7 +74,9 @@ class Job:
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + j) % 2**64)
         request_id = f"{self.job_id}-{i * self.n + j}"
-        return GenerateRequest(request_id, self.prompts[i], sampling, self.terms.priority, self.terms.cache_salt)
+        return GenerateRequest(
+            request_id, self.prompts[i], sampling, self.terms.priority, self.terms.cache_salt, self.grammar
+        )
 
 
 _Running = tuple[Choice, AttentionClient]
@@ -231,10 +239,14 @@ class Relay:
     """Turns requests into jobs and follows them. Holds nothing of a single request."""
 
     def __init__(self, settings: RouterSettings, pool: Pool, metrics: Metrics) -> None:
-        """Raises CheckpointError when the model's tokenizer, chat template or generation config is damaged."""
+        """Raises CheckpointError when the model's tokenizer, chat template or generation config is damaged, ConfigError
+        for an unknown parser."""
         self._settings = settings
         self._tokenizer = Tokenizer(settings.tokenizer_json)
         self._template = ChatTemplate(settings.tokenizer_config)
+        self._answers = Answers(
+            tool_formats.create(settings.tool_parser), reasoning.find(settings.reasoning_parser), self._tokenizer
+        )
         self._defaults = SamplingDefaults.read(settings.generation_config)
         self._pool = pool
         self._metrics = metrics
@@ -253,11 +265,12 @@ class Relay:
 
     async def chat_job(self, job_id: str, request: ChatRequest) -> Job:
         """Raises RequestError. The answer may by default take the rest of the context."""
-        ids = await self.chat_token_ids(request)
-        return self._job(job_id, request, [ids], "messages", self._settings.max_context)
+        text, ids = await self.chat_prompt(request)
+        plan = await self._answers.chat(request, text)
+        return self._job(job_id, request, [ids], "messages", self._settings.max_context, plan)
 
-    async def chat_token_ids(self, request: ChatPrompt) -> list[int]:
-        """What the chat template makes of the messages. Raises RequestError."""
+    async def chat_prompt(self, request: ChatPrompt) -> tuple[str, list[int]]:
+        """What the chat template makes of the messages, as text and as token ids. Raises RequestError."""
         source = request.chat_template
         if source is not None and not self._settings.trust_request_chat_template:
             raise RequestError(
@@ -270,18 +283,23 @@ class Relay:
             message = "add_generation_prompt and continue_final_message cannot both be true"
             raise RequestError(message, param="continue_final_message")
 
-        def tokenize() -> list[int]:
-            template = self._template if source is None else self._template.with_source(source)
-            messages = [message.for_template() for message in request.messages]
+        template = self._template if source is None else self._template.with_source(source)
+        offered = [tool.for_model() for tool in request.offered_tools] if template.knows_tools else []
+
+        def tokenize() -> tuple[str, list[int]]:
+            messages = conversation.messages(request, self._answers.tools, template_knows_tools=template.knows_tools)
             variables = request.chat_template_kwargs or {}
             if request.continue_final_message:
-                text = template.render_open(messages, variables=variables)
+                text = template.render_open(messages, tools=offered or None, variables=variables)
             else:
                 generates = request.add_generation_prompt is not False
-                text = template.render(messages, add_generation_prompt=generates, variables=variables)
-            return self._tokenizer.encode(text, special=bool(request.add_special_tokens))
+                text = template.render(
+                    messages, add_generation_prompt=generates, tools=offered or None, variables=variables
+                )
+            return text, self._tokenizer.encode(text, special=bool(request.add_special_tokens))
 
-        return await off_loop(tokenize, sum(len(message.content) for message in request.messages))
+        num_chars = sum(len(message.content) for message in request.messages) + len(str(request.offered_tools))
+        return await off_loop(tokenize, num_chars)
 
     async def completion_job(self, job_id: str, request: CompletionRequest) -> Job:
         """Raises RequestError."""
@@ -296,7 +314,8 @@ class Relay:
         prompts = await off_loop(
             lambda: [token_ids(prompt) for prompt in request.prompt], sum(map(len, request.prompt))
         )
-        job = self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS)
+        plan = await self._answers.completion(request)
+        job = self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS, plan)
         num_best = max(request.best_of or 0, job.n)
         job = replace(job, n=num_best, best=job.n) if num_best > job.n else job
         return replace(job, echoes=tuple(map(self._echo, request.prompt))) if request.echo else job
@@ -341,7 +360,9 @@ class Relay:
             )
             raise RequestError(message, param=param, code="invalid_token_id")
 
-    def _job(self, job_id: str, request: Request, prompts: list[list[int]], param: str, default_tokens: int) -> Job:
+    def _job(
+        self, job_id: str, request: Request, prompts: list[list[int]], param: str, default_tokens: int, plan: Plan
+    ) -> Job:
         self.check_vocabulary(request.stop_token_ids or (), "stop_token_ids")
         self.check_vocabulary(request.allowed_token_ids or (), "allowed_token_ids")
         self.check_vocabulary(request.logit_bias or (), "logit_bias")
@@ -364,9 +385,9 @@ class Relay:
                 )
             most = min(default_tokens, room) if limit is None else limit
             sampling.append(replace(self._defaults.sampling(request, most), bad_words=bad_words))
-        keep_special = request.skip_special_tokens is False
-        rules = TextRules(tuple(request.stop), bool(request.include_stop_str_in_output), keep_special)
-        return Job(job_id, tuple(map(tuple, prompts)), tuple(sampling), request.n or 1, rules)
+        keep_special = request.skip_special_tokens is False or plan.keep_special
+        rules = TextRules(tuple(request.stop), bool(request.include_stop_str_in_output), keep_special, plan.parser)
+        return Job(job_id, tuple(map(tuple, prompts)), tuple(sampling), request.n or 1, rules, grammar=plan.grammar)
 
 
 def _end_of(ids: list[int], wanted: int, room: int) -> list[int]:

@@ -16,6 +16,7 @@ from afd.types import SampledToken
 from router.choice import Delta
 from router.relay import Job
 from router.tokenizer import Tokenizer
+from router.tools.base import CallDelta
 
 Json = dict[str, object]
 
@@ -136,7 +137,13 @@ class Shape(ABC):
 
     def _ordinary(self, delta: Delta) -> bytes:
         """The chunk of a delta that has text and nothing out of the ordinary, written around its text; else b""."""
-        if not delta.text or delta.finish_reason is not None or self._num_logprobs is not None:
+        if (
+            not delta.text
+            or delta.reasoning
+            or delta.calls
+            or delta.finish_reason is not None
+            or self._num_logprobs is not None
+        ):
             return b""
         frame = self._frames.get(delta.index) or self._frame(delta.index)
         before, after, end = frame
@@ -157,7 +164,9 @@ class Shape(ABC):
 
     def _speaks(self, delta: Delta) -> bool:
         tokens_matter = self._token_ids or self._num_logprobs is not None
-        return bool(delta.text or delta.finish_reason or (tokens_matter and delta.tokens))
+        return bool(
+            delta.text or delta.reasoning or delta.calls or delta.finish_reason or (tokens_matter and delta.tokens)
+        )
 
     def _end_of_choice(self, delta: Delta) -> Json:
         """What a choice of either endpoint holds beside its text."""
@@ -191,12 +200,46 @@ class ChatShape(Shape):
         return b"".join(opened)
 
     def _delta(self, delta: Delta) -> Json:
-        content = {"content": delta.text} if delta.text else {}
+        content: Json = {"content": delta.text} if delta.text else {}
+        if delta.reasoning:
+            content["reasoning_content"] = delta.reasoning
+        if delta.calls:
+            content["tool_calls"] = [self._call_piece(delta.index, piece) for piece in delta.calls]
         return {"index": delta.index, "delta": content, **self._end_of_choice(delta)}
 
     def _choice(self, answer: Delta) -> Json:
-        message = {"role": "assistant", "content": answer.text}
+        message: Json = {"role": "assistant", "content": answer.text}
+        if answer.reasoning:
+            message["reasoning_content"] = answer.reasoning
+        if answer.calls:
+            message["content"] = answer.text or None
+            message["tool_calls"] = self._calls(answer)
         return {"index": answer.index, "message": message, **self._end_of_choice(answer)}
+
+    def _call_piece(self, index: int, piece: CallDelta) -> Json:
+        """The first piece of a call names it."""
+        if piece.name is None:
+            return {"index": piece.index, "function": {"arguments": piece.arguments}}
+        function = {"name": piece.name, "arguments": piece.arguments}
+        return {"index": piece.index, "id": self._call_id(index, piece), "type": "function", "function": function}
+
+    def _calls(self, answer: Delta) -> list[Json]:
+        arguments: dict[int, str] = {}
+        for piece in answer.calls:
+            arguments[piece.index] = arguments.get(piece.index, "") + piece.arguments
+        return [
+            {
+                "id": self._call_id(answer.index, piece),
+                "type": "function",
+                "function": {"name": piece.name, "arguments": arguments[piece.index]},
+            }
+            for piece in answer.calls
+            if piece.name is not None
+        ]
+
+    def _call_id(self, index: int, piece: CallDelta) -> str:
+        """Unique, as the job's own id is."""
+        return f"call_{self._job.job_id.rpartition('-')[2]}_{index}_{piece.index}"
 
     def _whole_extras(self) -> Json:
         return {"prompt_token_ids": self._job.prompts[0]} if self._token_ids else {}

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from afd.errors import RequestError
 from router.fields import LogitBias, TokenId
+from router.structured import Structured
+from router.tools.fields import ToolCall, ToolFields
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +49,6 @@ OFF_VALUES: dict[str, tuple[object, ...]] = {
     "echo": (None, False),
     "function_call": (None, "none", "auto"),
     "functions": (None, []),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
     "kv_transfer_params": (None,),
     "length_penalty": (None, 1),
     "modalities": (None, ["text"]),
@@ -58,8 +56,6 @@ OFF_VALUES: dict[str, tuple[object, ...]] = {
     "prompt_embeds": (None,),
     "prompt_logprobs": (None,),
     "reasoning_effort": (None,),
-    "response_format": (None, {"type": "text"}),
-    "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
@@ -121,14 +117,24 @@ class StreamOptions(_Body):
 
 
 class Message(BaseModel):
-    """One turn. Fields that answers carry and clients send back (refusal, annotations, …) are not looked at."""
+    """One turn. Fields that answers carry and clients send back (refusal, annotations, …) are not looked at. Where an
+    assistant calls tools, content may be missing."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[str, BeforeValidator(_text)]
     name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
 
     def for_template(self) -> dict[str, object]:
         """As chat templates expect it; "developer" is the newer name of "system", which they know."""
@@ -136,7 +142,7 @@ class Message(BaseModel):
         return fields | {"role": "system"} if self.role == "developer" else fields
 
 
-class _Generation(_Body):
+class _Generation(_Body, Structured):
     """What both endpoints share."""
 
     model: str
@@ -195,8 +201,8 @@ class _Generation(_Body):
         return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
 
 
-class ChatPrompt(_Body):
-    """Messages, and how they become a prompt."""
+class ChatPrompt(_Body, ToolFields):
+    """Messages and tools, and how they become a prompt."""
 
     messages: list[Message] = Field(min_length=1)
     add_generation_prompt: bool | None = None
@@ -284,7 +290,7 @@ def _implemented(data: Mapping[str, object], kind: type[_Generation]) -> dict[st
             log.debug("ignored the unknown request field %.80r", name)
     messages = fields.get("messages")
     for index, message in enumerate(messages if isinstance(messages, list) else ()):
-        for name in ("tool_calls", "function_call", "audio"):
+        for name in ("function_call", "audio"):
             if isinstance(message, dict) and message.get(name):
                 param = f"messages[{index}].{name}"
                 raise RequestError(
@@ -297,6 +303,8 @@ def _check_together(request: Request) -> None:
     """Rules over several fields."""
     if request.stream_options is not None and not request.stream:
         raise RequestError("stream_options is only for requests with stream: true", param="stream_options")
+    if isinstance(request, ChatRequest):
+        request.check_choice()
     if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
         raise RequestError("top_logprobs is only for requests with logprobs: true", param="top_logprobs")
     num_prompts, n = 1, request.n or 1

@@ -55,7 +55,7 @@ class Tokenization:
         body: TokenizePrompt | TokenizeChat
         if "messages" in fields:
             body = validate(TokenizeChat, fields)
-            ids = await self._relay.chat_token_ids(body)
+            _, ids = await self._relay.chat_prompt(body)
         else:
             body = validate(TokenizePrompt, fields)
             prompt, special = body.prompt, body.add_special_tokens is not False

@@ -36,7 +36,8 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._whole_texts: dict[bool, dict[int, str]] = {True: {}, False: {}}
         self._added = self._tokenizer.get_added_tokens_decoder()
-        self._special = frozenset(str(token.content) for token in self._added.values() if token.special)
+        self._special_ids = {str(token.content): i for i, token in self._added.items() if token.special}
+        self._special = frozenset(self._special_ids)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`. `special` adds what the model wants around every text (BOS and the like); special
@@ -60,6 +61,10 @@ class Tokenizer:
             if spaced[len(spaced) - len(bare) :] != bare:
                 found |= {spaced: None}
         return tuple(ids for ids in found if ids)
+
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written `text`; None: it is text like any other."""
+        return self._special_ids.get(text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for, special tokens by their name; b"" for an id the tokenizer does not have."""

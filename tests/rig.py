@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from afd.types import DType, GenerateOutput, GenerateRequest, Role, SampledToken
 from afd.weights import dummy, ownership
 from attention_worker.block_manager import BlockManager
 from attention_worker.engine import Engine
+from attention_worker.grammar import Grammars
 from attention_worker.kv_cache import KvCache
 from attention_worker.scheduler import Scheduler
 from ffn_worker.loop import FfnLoop
@@ -65,9 +67,11 @@ class Rig:
     def kill_ffn(self, ffn_rank: int) -> None:
         self.stops[ffn_rank].close()
 
-    def submit(self, name: str, prompt: Sequence[int], params: SamplingParams, attention_rank: int = 0) -> Result:
+    def submit(
+        self, name: str, prompt: Sequence[int], params: SamplingParams, attention_rank: int = 0, grammar: str = ""
+    ) -> Result:
         result = self.results[name] = Result()
-        self.engines[attention_rank].submit(0, GenerateRequest(name, tuple(prompt), params))
+        self.engines[attention_rank].submit(0, GenerateRequest(name, tuple(prompt), params, grammar))
         return result
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
@@ -137,9 +141,10 @@ def split(
     dtype: DType = DType.FP32,
     dispatch_dtype: DType | None = None,
     prefix_cache: bool = True,
+    tokenizer_json: Path | None = None,
 ) -> Iterator[Rig]:
     """The running system; ends with every thread joined. `compiled`: with the compiled kernels. `dispatch_dtype`:
-    None is the model's."""
+    None is the model's. `tokenizer_json`: for requests with a grammar."""
     weights = {name: tensor.to(TORCH_DTYPES[dtype]) for name, tensor in weights.items()}
     kernels = load() if compiled else None
     counts, family = Topology.parse(topology), registry.family(spec.family)
@@ -212,6 +217,7 @@ def split(
                 max_context=min(spec.max_context, num_blocks * block_size),
                 max_waiting=10_000,
                 attention_rank=attention_rank,
+                grammars=Grammars(tokenizer_json, spec.vocab, spec.eos_token_ids) if tokenizer_json else None,
             )
             stack.callback(port_a.close)
             stack.enter_context(running(engine))

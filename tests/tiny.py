@@ -43,11 +43,18 @@ def write(folder: Path, seed: int = 0, **changes: object) -> Path:
     config = CONFIG | changes
     spec = specs.from_config(config)
     dummy.write_checkpoint(folder, config, registry.family(spec.family).tensors(spec), seed)
+    write_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE, "eos_token": EOS}))
+    return folder
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """tokenizer.json: a token for each byte, and EOS, which is 256."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([EOS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE, "eos_token": EOS}))
-    return folder
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path

@@ -221,6 +221,8 @@ def _router_settings(router: Any, deployment: Deployment, files: library.ModelFi
         fingerprint=_fingerprint(deployment, spec),
         otlp_endpoint=deployment.router.otlp_endpoint or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
         usd_per_hour=_usd_per_hour(deployment.router.prices),
+        tool_parser=deployment.router.tool_parser,
+        reasoning_parser=deployment.router.reasoning_parser,
         deadline_s=deployment.transport.deadline_s + 30.0,  # the workers' own deadline runs out first and says more
     )
 

@@ -64,6 +64,7 @@ def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
         prompt_token_ids=request.prompt_token_ids,
         priority=request.priority,
         cache_salt=request.cache_salt,
+        grammar=request.grammar,
         sampling=pb.Sampling(
             max_tokens=sampling.max_tokens,
             min_tokens=sampling.min_tokens,
@@ -110,7 +111,12 @@ def request_from_proto(message: pb.Submit) -> GenerateRequest:
     _demand(len(message.prompt_token_ids) > 0, "prompt_token_ids", [], "hold at least one token")
     check_sampling(params)
     return GenerateRequest(
-        message.request_id, tuple(message.prompt_token_ids), params, message.priority, message.cache_salt
+        message.request_id,
+        tuple(message.prompt_token_ids),
+        params,
+        message.priority,
+        message.cache_salt,
+        message.grammar,
     )
 
 

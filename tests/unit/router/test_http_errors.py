@@ -13,6 +13,19 @@ CHAT = [{"role": "user", "content": "hi"}]
 IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
 
 
+def tool(name, parameters=None):
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+def named(name):
+    return {"type": "function", "function": {"name": name}}
+
+
+def call(arguments):
+    """An assistant's message that calls a tool."""
+    return {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": arguments}}]}
+
+
 def refused(response, status, param, *words):
     """Checks the shape and gives the error's code."""
     assert response.status_code == status, response.text
@@ -72,8 +85,21 @@ def refused(response, status, param, *words):
         ({"allowed_token_ids": [512]}, "allowed_token_ids", "511"),
         ({"bad_words": [""]}, "bad_words[0]", "1 character"),
         ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "-2"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
-        ({"tools": [{}]}, "tools", "not supported"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'xml'"),
+        ({"guided_regex": "("}, "guided_regex", "unclosed group"),
+        ({"guided_choice": []}, "guided_choice", "at least 1"),
+        ({"guided_json": {"type": "objec"}}, "guided_json", "objec"),
+        ({"structured_outputs": {}}, "structured_outputs", "asks for nothing"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "JSON schema"),
+        ({"structured_outputs": {"grammar": "begin: x"}}, "structured_outputs.grammar", "start"),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "one grammar only"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "missing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+            "response_format",
+            "Unimplemented",
+        ),
+        ({"guided_regex": "a" * 200_000}, "guided_regex", "131072"),
     ],
 )
 def test_a_bad_field_is_named_by_both_endpoints(router, fields, param, word):
@@ -101,6 +127,7 @@ def test_a_bad_field_is_named_by_both_endpoints(router, fields, param, word):
         ({"logprobs": 21}, "logprobs", "20"),
         ({"echo": True, "logprobs": 0}, "echo", "logprobs"),
         ({"chat_template": "x"}, "chat_template", "not supported"),
+        ({"tools": [{}]}, "tools", "not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),
         ({"best_of": 2, "n": 3}, "best_of", "3"),
         ({"best_of": 3, "n": 2, "stream": True}, "best_of", "not streamed"),
@@ -121,7 +148,17 @@ def test_a_bad_field_of_completions_is_named(router, fields, param, word):
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
         ({"messages": IMAGE}, "messages[0].content", "image_url"),
-        ({"messages": [{**CHAT[0], "tool_calls": [{}]}]}, "messages[0].tool_calls", "not supported"),
+        ({"messages": [{**CHAT[0], "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function", "missing"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "None"),
+        ({"messages": [call("{")]}, "messages[0].tool_calls[0].function.arguments", "JSON object"),
+        ({"messages": [call("[]")]}, "messages[0].tool_calls[0].function.arguments", "JSON object"),
+        ({"tools": [{}]}, "tools[0].type", "missing"),
+        ({"tools": [tool("a b")]}, "tools[0].function.name", "characters"),
+        ({"tools": [tool("f"), tool("f")]}, "tools", "'f'"),
+        ({"tools": [tool("f")], "tool_choice": "maybe"}, "tool_choice", "required"),
+        ({"tools": [tool("f")], "tool_choice": named("g")}, "tool_choice", "'g'"),
+        ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
+        ({"tools": [tool("f", {"type": "objec"})], "tool_choice": "required"}, "tools", "objec"),
         ({"logprobs": 3}, "logprobs", "3"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),

@@ -53,6 +53,7 @@ requests = st.builds(
     sampling,
     st.integers(-(2**31), 2**31 - 1),
     st.text(),
+    st.text(),
 )
 tokens = st.one_of(
     st.builds(SampledToken, ids),
