@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from router.choice import Delta
-from router.relay import Job
+from router.job import Job
 
 
 def best(answers: Sequence[Delta], job: Job) -> Sequence[Delta]:

@@ -20,9 +20,10 @@ from afd.types import ClusterView, Role
 from router import errors, exchange, policy, tracing
 from router.exchange import Exchange
 from router.generation import Generation
+from router.job import Job
 from router.metrics import Metrics
 from router.pool import Pool
-from router.relay import Job, Relay
+from router.relay import Relay
 from router.responses import ChatShape, CompletionShape, Json, Shape, Style
 from router.schema import ChatRequest, CompletionRequest, parse
 from router.settings import RouterSettings
@@ -58,7 +59,7 @@ class Gateway:
         self._settings = settings
         self._metrics = Metrics(settings.usd_per_hour)
         self._relay = Relay(settings, self.pool, self._metrics)
-        self._tokenization = Tokenization(self._relay, self._check_model)
+        self._tokenization = Tokenization(self._relay.jobs, self._check_model)
         self._spans = tracing.open_spans(settings.otlp_endpoint, settings.model_name)
         self._created = int(time.time())
         self._draining = False
@@ -185,21 +186,21 @@ class Gateway:
         body = parse(ChatRequest, raw)
         self._check_model(body.model)
         terms = Terms.read(body, request.headers, self._settings.request_timeout_s)
-        job = replace(await self._relay.chat_job(job_id, body), terms=terms)
+        job = replace(await self._relay.jobs.chat(job_id, body), terms=terms)
         return job, ChatShape(job, self._answer_style(body)), bool(body.stream)
 
     async def _completion(self, job_id: str, request: Request, raw: bytes) -> _Prepared:
         body = parse(CompletionRequest, raw)
         self._check_model(body.model)
         terms = Terms.read(body, request.headers, self._settings.request_timeout_s)
-        job = replace(await self._relay.completion_job(job_id, body), terms=terms)
+        job = replace(await self._relay.jobs.completion(job_id, body), terms=terms)
         return job, CompletionShape(job, self._answer_style(body)), bool(body.stream)
 
     def _answer_style(self, body: ChatRequest | CompletionRequest) -> Style:
         return Style(
             model=self._settings.model_name,
             created=int(time.time()),
-            tokenizer=self._relay.tokenizer,
+            tokenizer=self._relay.jobs.tokenizer,
             num_logprobs=body.num_logprobs,
             token_ids=bool(body.return_token_ids),
             usage_chunk=body.include_usage,
@@ -222,7 +223,7 @@ class Gateway:
             "object": "model",
             "created": self._created,
             "owned_by": "afd",
-            "max_model_len": self._relay.max_context,
+            "max_model_len": self._relay.jobs.max_context,
         }
 
 

@@ -16,9 +16,11 @@ from afd.errors import AfdError
 from router import errors, exchange
 from router.best import best
 from router.choice import Delta
+from router.job import Job
 from router.metrics import Metrics
-from router.relay import Job, Relay, Stream
+from router.relay import Relay
 from router.responses import Shape, event
+from router.stream import Stream
 
 log = logging.getLogger(__name__)
 

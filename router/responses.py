@@ -14,7 +14,7 @@ import orjson
 
 from afd.types import SampledToken
 from router.choice import Delta
-from router.relay import Job
+from router.job import Job
 from router.tokenizer import Tokenizer
 from router.tools.base import CallDelta
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.fields import TokenId
-from router.relay import Relay
+from router.jobs import Jobs
 from router.responses import Json
 from router.schema import ChatPrompt, json_object, validate
 from router.tokenizer import off_loop
@@ -45,8 +45,8 @@ class Detokenize(BaseModel):
 class Tokenization:
     """`check_model` raises RequestError for a model that is not served here."""
 
-    def __init__(self, relay: Relay, check_model: Callable[[str], None]) -> None:
-        self._relay = relay
+    def __init__(self, jobs: Jobs, check_model: Callable[[str], None]) -> None:
+        self._jobs = jobs
         self._check_model = check_model
 
     async def tokenize(self, raw: bytes) -> Json:
@@ -55,17 +55,17 @@ class Tokenization:
         body: TokenizePrompt | TokenizeChat
         if "messages" in fields:
             body = validate(TokenizeChat, fields)
-            _, ids = await self._relay.chat_prompt(body)
+            _, ids = await self._jobs.chat_prompt(body)
         else:
             body = validate(TokenizePrompt, fields)
             prompt, special = body.prompt, body.add_special_tokens is not False
-            ids = await off_loop(lambda: self._relay.tokenizer.encode(prompt, special=special), len(prompt))
+            ids = await off_loop(lambda: self._jobs.tokenizer.encode(prompt, special=special), len(prompt))
         if body.model is not None:
             self._check_model(body.model)
-        strings = [self._relay.tokenizer.piece(i) for i in ids] if body.return_token_strs else None
+        strings = [self._jobs.tokenizer.piece(i) for i in ids] if body.return_token_strs else None
         return {
             "count": len(ids),
-            "max_model_len": self._relay.max_context,
+            "max_model_len": self._jobs.max_context,
             "tokens": ids,
             "token_strs": strings,
         }
@@ -75,7 +75,7 @@ class Tokenization:
         body = validate(Detokenize, json_object(raw))
         if body.model is not None:
             self._check_model(body.model)
-        self._relay.check_vocabulary(body.tokens, "tokens")
+        self._jobs.check_vocabulary(body.tokens, "tokens")
         num_chars = len(body.tokens) * _CHARS_PER_TOKEN
-        text = await off_loop(lambda: self._relay.tokenizer.decode(body.tokens, special=True), num_chars)
+        text = await off_loop(lambda: self._jobs.tokenizer.decode(body.tokens, special=True), num_chars)
         return {"prompt": text}

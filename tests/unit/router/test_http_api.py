@@ -212,7 +212,7 @@ def test_a_chat_may_leave_the_assistants_turn_closed_and_set_template_variables(
 
 
 def test_a_prompt_of_many_texts_is_encoded_in_one_go_on_another_thread(router, monkeypatch):
-    tokenizer, threads = router.gateway._relay.tokenizer, []
+    tokenizer, threads = router.gateway._relay.jobs.tokenizer, []
     encode = tokenizer.encode
 
     def spy(text, **kwargs):
@@ -228,7 +228,7 @@ def test_a_prompt_of_many_texts_is_encoded_in_one_go_on_another_thread(router, m
 
 
 def test_special_tokens_around_a_prompt_are_the_clients_choice(router, monkeypatch):
-    tokenizer, asked = router.gateway._relay.tokenizer, []
+    tokenizer, asked = router.gateway._relay.jobs.tokenizer, []
     encode = tokenizer.encode
 
     def spy(text, *, special):

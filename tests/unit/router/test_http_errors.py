@@ -296,13 +296,13 @@ def test_a_refusal_by_the_engine_is_the_clients_error(router, worker, stream):
 
 
 def test_a_bug_is_logged_with_the_request_and_told_as_500_and_the_server_goes_on(router, monkeypatch, caplog):
-    relay = router.gateway._relay
+    jobs = router.gateway._relay.jobs
 
     async def broken(job_id, body):
         raise ZeroDivisionError("secret")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr(relay, "completion_job", broken)
+        patch.setattr(jobs, "completion", broken)
         response = router.http.post("/v1/completions", json={"model": "tiny", "prompt": "hi"})
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "server_error"

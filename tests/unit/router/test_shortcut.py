@@ -15,9 +15,10 @@ from router.admission import Admission
 from router.choice import Delta, TextRules
 from router.counts import Count, Spread
 from router.generation import at_once
+from router.job import Job
 from router.metrics import Metrics
-from router.relay import Job, Stream
 from router.responses import ChatShape, CompletionShape, Style
+from router.stream import Stream
 
 
 class OneWorker:

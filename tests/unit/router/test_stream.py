@@ -5,8 +5,9 @@ import asyncio
 from afd.types import GenerateOutput, SampledToken, SamplingParams
 from router.admission import Admission
 from router.choice import TextRules
+from router.job import Job
 from router.metrics import Metrics
-from router.relay import Job, Stream
+from router.stream import Stream
 
 
 class OneWorker:
