@@ -71,7 +71,7 @@ class Rig:
         self, name: str, prompt: Sequence[int], params: SamplingParams, attention_rank: int = 0, grammar: str = ""
     ) -> Result:
         result = self.results[name] = Result()
-        self.engines[attention_rank].submit(0, GenerateRequest(name, tuple(prompt), params, grammar))
+        self.engines[attention_rank].submit(0, GenerateRequest(name, tuple(prompt), params, grammar=grammar))
         return result
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:

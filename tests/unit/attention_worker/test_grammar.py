@@ -131,7 +131,7 @@ def test_a_grammar_too_costly_to_follow_ends_the_request_and_no_other(tokenizer_
 
 def sample(grammars: Grammars, grammar: str, sampling: SamplingParams, logits: list[float] | None = None) -> list[int]:
     """All tokens of an answer, each chosen from the same logits."""
-    sequence = Sequence(GenerateRequest("r", (1,), sampling, grammar), 0, 100)
+    sequence = Sequence(GenerateRequest("r", (1,), sampling, grammar=grammar), 0, 100)
     sequence.matcher = matcher(grammars, grammar)
     row = torch.tensor(logits if logits is not None else [0.0] * VOCAB)
     finish = None
