@@ -78,5 +78,6 @@ def _deployment(settings: Settings, microbatches: str) -> Deployment:
             "transport.kind": settings.transport,
             "transport.deadline_s": STOPPED_S,
             "attention.microbatches": microbatches if microbatches == "auto" else int(microbatches),
+            "attention.prefix_cache": False,  # every turn asks the same prompts again
         }
     )
