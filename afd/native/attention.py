@@ -33,7 +33,10 @@ class NativeAttention:
         assert head_dim % self._library.afd_lanes() == 0, f"head_dim is {head_dim}"
         assert device.type == "cpu", f"the compiled kernel runs on the CPU, not on {device}"
         shape = (num_blocks, kv_heads, block_size, head_dim)
-        return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        caches = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
+        for cache in caches:  # a sequence's blocks lie all over it: small pages would cost a quarter of the bandwidth
+            self._library.afd_expect_scattered(cache.data_ptr(), cache.nbytes)
+        return caches
 
     def step(self, batch: AttentionBatch) -> CStep:
         """The batch as the kernels take it; points into the batch's tensors."""

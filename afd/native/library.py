@@ -86,6 +86,7 @@ _FUNCTIONS: dict[str, tuple[type | None, tuple[type, ...]]] = {
     "afd_linear": (None, (_I, _I, _P, _P, _I, _P)),
     "afd_columns": (None, (_I, _I, _P, _P, _I, _I, _I, _P)),
     "afd_rms_norm": (None, (_I, _P, _P, _I, _I, c_float, _P)),
+    "afd_expect_scattered": (None, (_P, _I)),
     "afd_store_kv": (None, (_I, _P, _P, _P, _P, _P, _P)),
     "afd_attend": (None, (_I, _I, _P, _P, _P, _P, _P, c_float, _P)),
     "afd_attention_half": (None, (_I, _I, _P, _P, _P, _P, _P, _P, _P, _P, _P)),

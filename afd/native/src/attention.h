@@ -74,15 +74,15 @@ struct Rows {
     int64_t visible[ROWS_AT_ONCE];  // tokens each row may see; never falls from row to row
 };
 
-// The cache lines of the next turn's pieces, fetched a few with every step of this one.
+// The cache lines of the next turn's pieces, fetched four at a time as this one's work goes on.
 struct Ahead {
     const char* pieces[2 * SPAN / GROUP];
     int64_t piece_bytes = 0, at = 0;
-    int64_t every = 1, calls = 0;  // the rows' tiles share the work
+    int64_t every = 1, done = 0;  // rows · vectors of a product's steps
     int piece = 2 * SPAN / GROUP;
-    INLINE void operator()() {
-        if (piece == 2 * SPAN / GROUP || ++calls < every) return;
-        calls = 0;
+    INLINE void operator()(int work) {
+        if (piece == 2 * SPAN / GROUP || (done += work) < every) return;
+        done -= every;
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) __builtin_prefetch(pieces[piece] + at + 64 * i, 0, 2);
         if ((at += 256) >= piece_bytes) at = 0, piece++;
@@ -101,7 +101,7 @@ INLINE void score(const T* q, int64_t dim, const T* const (&keys)[SPAN / GROUP],
         }
         Vec acc[ROWS][MAX_VECTORS] = {};
         accumulate<ROWS, MAX_VECTORS>(q, dim, b, GROUP * DEPTH<T>, dim / DEPTH<T>, acc,
-                                      [&]() __attribute__((always_inline)) { ahead(); });
+                                      [&]() __attribute__((always_inline)) { ahead(ROWS * MAX_VECTORS); });
         for (int r = 0; r < ROWS; r++)
             for (int v = 0; v < MAX_VECTORS; v++) store(&scores[r][first + v * LANES], acc[r][v]);
     }
@@ -144,7 +144,7 @@ INLINE void blend(const T* p, const T* const (&values)[SPAN / GROUP], int64_t co
         for (int v = 0; v < VECTORS; v++) b[v] = values[token / GROUP] + (first + v * LANES) * DEPTH<T>;
         int64_t steps = (std::min<int64_t>(GROUP, count - token) + DEPTH<T> - 1) / DEPTH<T>;
         accumulate<ROWS, VECTORS>(p + token, SPAN, b, dim * DEPTH<T>, steps, acc,
-                                  [&]() __attribute__((always_inline)) { ahead(); });
+                                  [&]() __attribute__((always_inline)) { ahead(ROWS * VECTORS); });
     }
     for (int r = 0; r < ROWS; r++)
         for (int v = 0; v < VECTORS; v++) store(out + r * dim + first + v * LANES, acc[r][v]);
@@ -225,7 +225,7 @@ void attend(const T* q, T* out, const T* k_cache, const T* v_cache, const Step& 
                     ahead.pieces[2 * g + 1] = (const char*)next_values[g];
                 }
                 ahead.piece = 0;
-                ahead.every = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
+                ahead.every = rows.count * 256 / int64_t(sizeof(Vec));  // every row uses every vector once
                 ahead.piece_bytes = GROUP * h.dim * sizeof(T);
             }
             turn(rows, start, keys, values, scale, h.dim, ahead);

@@ -1,4 +1,7 @@
 // The library's functions, as afd/native/library.py calls them. T is chosen by `wide`: 1 float32, 0 bfloat16.
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "layers.h"
@@ -62,6 +65,16 @@ EXPORT void afd_rms_norm(int64_t wide, const void* x, const void* weight, int64_
         using T = Element<decltype(type)>;
         rms_norm((const T*)x, (const T*)weight, rows, width, width, eps, (T*)out, width);
     });
+}
+
+// Asks for huge pages under memory that is read in pieces from all over it, before it is first touched. Where the
+// system has none, nothing changes.
+EXPORT void afd_expect_scattered(void* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = sysconf(_SC_PAGESIZE), from = ((uintptr_t)memory + page - 1) / page * page;
+    const uintptr_t to = ((uintptr_t)memory + bytes) / page * page;
+    if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
 }
 
 EXPORT void afd_store_kv(int64_t wide, const Heads* heads, const Step* step, const void* k, const void* v,

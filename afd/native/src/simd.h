@@ -96,11 +96,20 @@ INLINE void finish_streams() {
 #endif
 }
 
+// Of a number and a NaN, b.
 INLINE Vec maximum(Vec a, Vec b) {
 #if defined(__AVX512F__)
     return _mm512_max_ps(a, b);
 #else
     return a > b ? a : b;
+#endif
+}
+
+INLINE Vec minimum(Vec a, Vec b) {
+#if defined(__AVX512F__)
+    return _mm512_min_ps(a, b);
+#else
+    return a < b ? a : b;
 #endif
 }
 
@@ -126,8 +135,7 @@ INLINE float largest(Vec v) {
 
 // e^x to about 1e-7 relative for x in [-87, 88]; clamped beyond.
 INLINE Vec exponential(Vec x) {
-    x = x < splat(-87.0f) ? splat(-87.0f) : x;
-    x = x > splat(88.0f) ? splat(88.0f) : x;
+    x = minimum(splat(88.0f), maximum(splat(-87.0f), x));
     const float shift = 12582912.0f;  // 1.5 * 2^23: leaves the integer in the low bits
     Vec shifted = x * 1.44269504f + shift;
     Vec whole = shifted - shift;

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,6 +129,20 @@ def test_the_compiled_kernel_gives_a_query_the_same_bits_whatever_it_is_computed
         three = AttentionBatch.build([1, 1, 1], [5, token + 1, 70], [[3], [3, 9, 1, 0, 5], [3, 9, 1, 0, 5]], 16)
         alone = by.attend(torch.stack((q[0], q[token], q[3])), *cache, three, 0.2)
         assert torch.equal(alone[1], at_once[token])
+
+
+@compiled
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a kernel without huge pages")
+def test_a_large_cache_of_the_compiled_kernel_asks_for_huge_pages() -> None:
+    """Blocks lie all over it: with small pages the kernel waits for page tables rather than for keys and values."""
+    for cache in kernel("native").allocate(4096, 16, 1, 192, torch.bfloat16, torch.device("cpu")):
+        middle, flags, here = cache.data_ptr() + cache.nbytes // 2, "", False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                here = int(found[1], 16) <= middle < int(found[2], 16)
+            elif here and line.startswith("VmFlags:"):
+                flags = line
+        assert "hg" in flags.split(), flags
 
 
 @pytest.mark.parametrize("name", NAMES)
