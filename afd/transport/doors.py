@@ -34,8 +34,9 @@ class Doors:
 
     def _watch(self) -> None:
         with selectors.DefaultSelector() as selector:
-            for source in (*self._listeners, self._closing):
-                selector.register(source, selectors.EVENT_READ)
+            selector.register(self._closing, selectors.EVENT_READ)
+            for listener in self._listeners:
+                selector.register(listener, selectors.EVENT_READ)
             while not self._closing.ringing:
                 for listener in self._listeners:
                     while (link := listener.try_accept()) is not None:
