@@ -6,8 +6,8 @@ A transport offers two things, symmetric from there on:
     dial(...)   -> Link          attention side
 
 A Link carries whole frames both ways, in order, and has a file descriptor that becomes readable when a frame or the
-peer's end may be there. What waits on many links at once (spin, then sleep) and what checks identities is written
-once, above the links: afd.transport.ports.
+peer's end may be there; some can call a function instead, which is sooner. What waits on many links at once (spin, then
+sleep) and what checks identities is written once, above the links: afd.transport.ports.
 
 Threads: a Link, Listener or port belongs to the one thread that uses it; only `wake` and `close` may be called from
 another.
@@ -16,6 +16,7 @@ another.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from afd.transport.frame import Frame
@@ -82,6 +83,11 @@ class Link(ABC):
     @abstractmethod
     def fileno(self) -> int:
         """After `try_receive` gave None: readable once it may give a frame or raise."""
+
+    def announce(self, ring: Callable[[], None]) -> bool:  # noqa: ARG002 - of those that can
+        """From now on calls `ring`, in any thread, whenever `try_receive` may give a frame or raise; the link has no
+        descriptor any more. A link that has only its descriptor changes nothing and says False."""
+        return False
 
     @abstractmethod
     def close(self) -> None:

@@ -21,6 +21,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -251,6 +252,10 @@ class CollectiveLink(Link):
 
     def fileno(self) -> int:
         return self._inbox.fileno()
+
+    def announce(self, ring: Callable[[], None]) -> bool:
+        self._inbox.announce(ring)
+        return True
 
     def close(self) -> None:
         if self._closed:

@@ -179,7 +179,7 @@ def decode(buffer: Buffer, max_bytes: int) -> Frame:
     return _frame(header, shape, _cut(_array(view), shape), view[HEADER_BYTES:])
 
 
-def peek(header: bytes) -> tuple[int, int]:
+def peek(header: bytes | memoryview) -> tuple[int, int]:
     """The kind and the microbatch that a header names, before the rest of its frame is here; they may be anything."""
     return header[_KIND_AT], int.from_bytes(header[_MICROBATCH_AT : _MICROBATCH_AT + 4], "little")
 

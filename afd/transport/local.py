@@ -151,6 +151,10 @@ class LocalLink(Link):
     def fileno(self) -> int:
         return self._inbox.fileno()
 
+    def announce(self, ring: Callable[[], None]) -> bool:
+        self._inbox.announce(ring)
+        return True
+
     def close(self) -> None:
         self.cut()
         self._inbox.close()

@@ -1,4 +1,4 @@
-"""A queue between threads of one process that a selector can wait on, and the bell it rings."""
+"""A queue between threads of one process, and the bell it rings, which a selector can wait on."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import selectors
 import socket
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Generic, TypeVar
 
@@ -67,13 +68,22 @@ _RINGS = 64  # read at once; there are hardly ever more than two
 
 class Mailbox(Generic[T]):
     """What other threads put, one thread takes, in order; readable while `take` has anything to say (and perhaps once
-    more, see Bell)."""
+    more, see Bell), until `announce` is called."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
         self._end: TransportError | None = None
         self._lock = threading.Lock()  # of putting and ending
-        self._bell = Bell()
+        self._bell: Bell | None = Bell()
+        self._ring = self._bell.ring
+
+    def announce(self, ring: Callable[[], None]) -> None:
+        """From now on `ring` is called, by the thread that puts or ends, and there is no descriptor any more."""
+        bell, self._bell, self._ring = self._bell, None, ring
+        if bell is not None:
+            bell.close()
+        if self._items or self._end is not None:
+            ring()
 
     def put(self, item: T) -> bool:
         """False after `end`: the item is not taken."""
@@ -81,7 +91,7 @@ class Mailbox(Generic[T]):
             if self._end is not None:
                 return False
             self._items.append(item)
-        self._bell.ring()
+        self._ring()
         return True
 
     def end(self, error: TransportError) -> None:
@@ -90,7 +100,7 @@ class Mailbox(Generic[T]):
             if self._end is not None:
                 return
             self._end = error
-        self._bell.ring()
+        self._ring()
 
     @property
     def ended(self) -> bool:
@@ -99,7 +109,7 @@ class Mailbox(Generic[T]):
     def take(self) -> T | None:
         """The oldest item, or None; never blocks. Raises what `end` was given once all items are taken."""
         item = self.poll()
-        if not self._items and self._end is None:
+        if self._bell is not None and not self._items and self._end is None:
             self._bell.silence()
             if self._items or self._end is not None:  # it came meanwhile
                 self._bell.ring()
@@ -117,11 +127,13 @@ class Mailbox(Generic[T]):
             return None
 
     def fileno(self) -> int:
+        assert self._bell is not None, "a mailbox that calls somebody has no descriptor"
         return self._bell.fileno()
 
     def close(self) -> None:
         """Frees the descriptor. Idempotent."""
-        self._bell.close()
+        if self._bell is not None:
+            self._bell.close()
 
 
 def again(error: TransportError) -> TransportError:

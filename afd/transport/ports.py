@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import selectors
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from afd.errors import FrameError, PeerTimeout, TransportError
 from afd.torch_dtypes import TORCH_DTYPES
 from afd.transport.base import Hello, Link, Listener
 from afd.transport.checks import Sent, check_answer, check_dispatch, check_limits
+from afd.transport.doors import Doors
 from afd.transport.float8 import dequantise, quantise
 from afd.transport.frame import Frame, FrameKind
 from afd.transport.mailbox import again
@@ -54,7 +54,7 @@ class AttentionPort(Port):
         self.ffn_ranks = tuple(link.hello.ffn_rank for link in links)
         self._hello = links[0].hello
         for link in links:
-            self._selector.register(link, selectors.EVENT_READ)
+            self._watch(link)
 
     def dispatch(
         self,
@@ -180,10 +180,8 @@ class FfnPort(Port):
         super().__init__(spin_us)
         self.address = address
         self._dtype = TORCH_DTYPES[expected.dtype]
-        self._listeners = tuple(listeners)
         self._attentions: deque[_Attention] = deque()
-        for listener in listeners:
-            self._selector.register(listener, selectors.EVENT_READ)
+        self._doors = Doors(listeners, self._alarm.ring)
 
     @property
     def connected(self) -> frozenset[int]:
@@ -209,9 +207,8 @@ class FfnPort(Port):
         return (attention.link for attention in self._attentions)
 
     def _next(self, thoroughly: bool) -> Frame | None:
-        for listener in self._listeners if thoroughly else ():
-            if (link := listener.try_accept()) is not None:
-                self._welcome(link)
+        while thoroughly and (link := self._doors.take()) is not None:
+            self._welcome(link)
         for attention in tuple(self._attentions):
             self._attentions.rotate(-1)
             try:
@@ -239,7 +236,7 @@ class FfnPort(Port):
             if attention.link.hello.attention_rank == link.hello.attention_rank:
                 self._drop(attention, f"{link.peer} connected again; its old link is closed")
         self._attentions.append(_Attention(link))
-        self._selector.register(link, selectors.EVENT_READ)
+        self._watch(link)
         _log.info("%s connected", link.peer)
 
     def _drop(self, attention: _Attention, why: str) -> None:
@@ -275,8 +272,7 @@ class FfnPort(Port):
     def _close_all(self) -> None:
         for attention in self._attentions:
             attention.link.close()
-        for listener in self._listeners:
-            listener.close()
+        self._doors.close()
 
 
 def pack(y: Tensor, dtype: DType) -> tuple[Tensor, Tensor | None]:

@@ -7,7 +7,6 @@ shorter than that.
 
 from __future__ import annotations
 
-import selectors
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -16,11 +15,10 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 
 from afd.errors import TransportError
+from afd.transport.alarm import Alarm
 from afd.transport.base import Link
 from afd.transport.frame import Frame
-from afd.transport.mailbox import Bell
 
-_SHORTEST_SLEEP_S = 1e-3  # the kernel's wait rounds up to whole milliseconds; a shorter one is polled away
 _LONGEST_SLEEP_S = 0.5  # then all links are asked again, whether or not something woke us
 _LOOK_S = 5e-3  # a port that always finds frames looks this often for new peers and dead ones
 _POLLS_PER_LOOK = (
@@ -53,9 +51,8 @@ class Port(ABC):
 
     def __init__(self, spin_us: int) -> None:
         self._patience = Patience(spin_us)
-        self._selector = selectors.DefaultSelector()
-        self._bell = Bell()
-        self._selector.register(self._bell, selectors.EVENT_READ)
+        self._alarm = Alarm()
+        self._wake = False
         self._turn = threading.Lock()
         self._mine = _Turn(self)
         self._owner: int | None = None
@@ -64,7 +61,8 @@ class Port(ABC):
 
     def wake(self) -> None:
         """From any thread: the wait that is going on, or the next one, returns None."""
-        self._bell.ring()
+        self._wake = True
+        self._alarm.ring()
 
     def close(self) -> None:
         """From any thread: ends every link. A wait that is going on returns None; later calls raise. Idempotent."""
@@ -75,8 +73,7 @@ class Port(ABC):
         # Past a second the owner must be stuck in a send; closing its links under it is what ends that.
         taken = self._turn.acquire(timeout=1.0)
         self._close_all()
-        self._selector.close()
-        self._bell.close()
+        self._alarm.close()
         if taken:
             self._turn.release()
 
@@ -91,9 +88,13 @@ class Port(ABC):
     @abstractmethod
     def _close_all(self) -> None: ...
 
+    def _watch(self, link: Link) -> None:
+        if not link.announce(self._alarm.ring):
+            self._alarm.watch(link)
+
     def _forget(self, link: Link) -> None:
         if not self._closed:
-            self._selector.unregister(link)
+            self._alarm.unwatch(link)
         link.close()
 
     def _wait(self, timeout_s: float, expecting: bool) -> Frame | None:
@@ -120,37 +121,31 @@ class Port(ABC):
             left_s = until_s - now_s
             if left_s <= 0:
                 return None
-            if now_s < spin_until_s or left_s < _SHORTEST_SLEEP_S:
+            if now_s < spin_until_s or left_s < self._alarm.shortest_s:
                 polls += 1
                 look = not spins or polls % _POLLS_PER_LOOK == 0
                 frame = self._look() if look else self._next(thoroughly=False)
             else:
+                self._alarm.silence()
                 frame = self._next(thoroughly=True)
-                if frame is None and not self._bell.ringing:
-                    frame = self._sleep(min(left_s, _LONGEST_SLEEP_S))
+                if frame is None and not self._wake:
+                    self._alarm.wait(min(left_s, _LONGEST_SLEEP_S))
+                    frame = self._next(thoroughly=False)
             if frame is not None or self._woken():
                 return frame
 
     def _look(self) -> Frame | None:
-        """The next frame, found by the descriptors that are readable now."""
+        """The next frame, asked for only if something rang."""
         self._looked_s = time.monotonic()
-        return self._next(thoroughly=True) if self._selector.select(0) else None
-
-    def _sleep(self, longest_s: float) -> Frame | None:
-        """The next frame, if one is here once a descriptor is readable."""
-        readable = self._selector.select(longest_s)
-        frame = self._next(thoroughly=False)  # no system call: in those, other threads get the interpreter
-        if frame is not None or not readable:
-            return frame
-        for key, _ in readable:
-            if key.fileobj is self._bell and not self._bell.ringing:
-                self._bell.silence()  # what is left of a ring that was answered already
+        if not self._alarm.heard():
+            return None
+        self._alarm.silence()
         return self._next(thoroughly=True)
 
     def _woken(self) -> bool:
-        if not self._bell.ringing:
+        if not self._wake:
             return False
-        self._bell.silence()
+        self._wake = False
         return True
 
 

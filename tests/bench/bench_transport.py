@@ -5,7 +5,9 @@
 One process per transport echoes: each dispatch comes back as a combine of the same bytes. Kinds and sizes take turns
 inside every round, so that a noisy minute hits all of them; a figure is the median over rounds of the round's median.
 GB/s counts the bytes of both directions over the round trip. The memcpy makes the two copies that shared memory cannot
-avoid, in one thread; the bare sockets and gRPC stream send and receive the same bytes with nothing around them.
+avoid, in one thread; the bare sockets and gRPC stream send and receive the same bytes with nothing around them. With
+"threads" the bare stream is used as a worker must, which waits for many links at once and answers when it has
+computed: messages go through queues to and from a thread that is not gRPC's. That is the floor for the grpc transport.
 Unless --free is given, this process runs on the first core and the echoing ones on the second. The last line is JSON.
 """
 
@@ -18,17 +20,18 @@ import os
 import queue
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 
-import grpc
 import torch
 from torch import Tensor
 
+from afd.rpc.core import grpc
 from afd.transport.base import Hello
 from afd.transport.registry import connect, listen
 from afd.types import DType, FfnAddress
@@ -81,6 +84,7 @@ def main() -> None:
         for name in ("unix socket", "tcp socket"):
             trips[name] = stack.enter_context(bare_socket(name, cores))
         trips["bare gRPC"] = stack.enter_context(bare_grpc(cores))
+        trips["bare gRPC, threads"] = stack.enter_context(threaded_grpc(cores))
         medians = measure(trips, flags.sizes, flags.rounds)
         idle = {kind: cpu_share(pid, flags.idle_s) for kind, pid in pids.items()}
     print_table(medians, flags.sizes)
@@ -257,14 +261,60 @@ def bare_grpc(cores: list[int] | None) -> Iterator[RoundTrip]:
             messages.put(None)
 
 
+@contextmanager
+def threaded_grpc(cores: list[int] | None) -> Iterator[RoundTrip]:
+    with echo_process(_echo_messages, "threads", 0, cores) as (address, _):
+        outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        with grpc.insecure_channel(str(address), options=UNLIMITED) as channel:
+            echo = channel.stream_stream("/bench/Echo", response_deserializer=lambda m: inbox.put(m) or m)
+            threading.Thread(target=_ask, args=(echo(iter(outbox.get, None)),), daemon=True).start()
+            data = {size: bytes(size) for size in SIZES}
+
+            def trip(size: int) -> None:
+                outbox.put(data[size])
+                inbox.get(timeout=30.0)
+
+            yield trip
+            outbox.put(None)
+
+
+def _ask(messages: Iterator[bytes]) -> None:
+    with suppress(grpc.RpcError):
+        for _ in messages:
+            pass
+
+
 class _Echo(grpc.GenericRpcHandler):  # type: ignore[misc]
     def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         return grpc.stream_stream_rpc_method_handler(lambda messages, _context: messages)
 
 
-def _echo_messages(_what: str, _: int, cores: list[int] | None, pipe: Connection) -> None:
+class _EchoThreads(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """For one stream."""
+
+    def __init__(self) -> None:
+        self._inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._outbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def service(self, _: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
+        return grpc.stream_stream_rpc_method_handler(self._exchange, lambda m: self._inbox.put(m) or m)
+
+    def _answer(self) -> None:
+        while True:
+            self._outbox.put(self._inbox.get())
+
+    def _exchange(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        threading.Thread(target=_ask, args=(messages,), daemon=True).start()
+        while context.is_active():
+            with suppress(queue.Empty):
+                yield self._outbox.get(timeout=1.0)
+
+
+def _echo_messages(what: str, _: int, cores: list[int] | None, pipe: Connection) -> None:
     _settle(cores)
-    server = grpc.server(ThreadPoolExecutor(1), handlers=[_Echo()], options=UNLIMITED)
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[_EchoThreads() if what else _Echo()], options=UNLIMITED)
     pipe.send(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
     server.start()
     server.wait_for_termination()

@@ -57,6 +57,22 @@ def test_items_of_many_threads_all_arrive() -> None:
     box.close()
 
 
+def test_a_mailbox_that_announces_calls_for_what_is_here_what_comes_and_the_end() -> None:
+    box: Mailbox[int] = Mailbox()
+    calls: list[int] = []
+    box.put(1)
+    box.announce(lambda: calls.append(1))
+    assert len(calls) == 1
+    box.put(2)
+    assert len(calls) == 2
+    box.end(PeerLost("gone"))
+    assert len(calls) == 3
+    assert [box.take(), box.take()] == [1, 2]
+    with pytest.raises(PeerLost, match="gone"):
+        box.take()
+    box.close()
+
+
 def test_a_bell_rung_often_is_silent_after_one_silence() -> None:
     bell = Bell()
     for _ in range(100_000):
