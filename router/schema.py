@@ -11,11 +11,10 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Literal, TypeVar
 
-import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from afd.errors import RequestError
-from router.fields import LogitBias, TokenId
+from router.fields import LogitBias, TokenId, read_json
 from router.structured import Structured
 from router.tools.fields import ToolCall, ToolFields
 
@@ -261,8 +260,8 @@ def parse(kind: type[R], raw: bytes) -> R:
 def json_object(raw: bytes) -> dict[str, object]:
     """Raises RequestError for a body that is no JSON object."""
     try:
-        data = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
+        data = read_json(raw)
+    except ValueError as error:
         raise RequestError(f"the request body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(data, dict):
         raise RequestError(f"the request body is a JSON {type(data).__name__}, not an object", code="invalid_json")

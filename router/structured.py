@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from afd import grammar as rules
 from afd.errors import RequestError
+from router.fields import read_json
 from router.tools.base import Json, quoted
 
 MAX_CHOICES = 4096
@@ -29,8 +30,8 @@ def _schema(value: object) -> object:
     """A JSON schema, as an object or as text."""
     if isinstance(value, str):
         try:
-            value = orjson.loads(value)
-        except orjson.JSONDecodeError as error:
+            value = read_json(value)
+        except ValueError as error:
             raise ValueError(f"must be a JSON schema: {error}") from error
     if not isinstance(value, dict | bool):
         raise ValueError("must be a JSON schema: an object")

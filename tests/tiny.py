@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -38,23 +39,32 @@ CONFIG: dict[str, object] = {
 }
 
 
-def write(folder: Path, seed: int = 0, **changes: object) -> Path:
-    """The checkpoint as a Hugging Face folder."""
+def write(
+    folder: Path, seed: int = 0, *, template: str = CHAT_TEMPLATE, specials: Sequence[str] = (), **changes: object
+) -> Path:
+    """The checkpoint as a Hugging Face folder. `changes` are to its config; `specials`: see write_tokenizer."""
     config = CONFIG | changes
     spec = specs.from_config(config)
     dummy.write_checkpoint(folder, config, registry.family(spec.family).tensors(spec), seed)
-    write_tokenizer(folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE, "eos_token": EOS}))
+    write_tokenizer(folder, specials)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": EOS}))
     return folder
 
 
-def write_tokenizer(folder: Path) -> Path:
-    """tokenizer.json: a token for each byte, and EOS, which is 256."""
+def write_tokenizer(folder: Path, specials: Sequence[str] = ()) -> Path:
+    """tokenizer.json: a token for each byte, EOS, which is 256, and from 257 on `specials`."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([EOS])
+    tokenizer.add_special_tokens([EOS, *specials])
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+def byte_ids(data: bytes) -> list[int]:
+    """The token of each byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    order = printable + [byte for byte in range(256) if byte not in printable]  # by the characters that stand for them
+    return [order.index(byte) for byte in data]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from afd.errors import RequestError
+from router.fields import read_json
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -24,8 +24,8 @@ def _object_as_text(value: object) -> object:
     """Arguments as models read and write them: a JSON object, which the API keeps as text."""
     if isinstance(value, str):
         try:
-            value = orjson.loads(value or "{}")
-        except orjson.JSONDecodeError as error:
+            value = read_json(value or "{}")
+        except ValueError as error:
             raise ValueError(f"must be a JSON object: {error}") from error
     if not isinstance(value, dict):
         raise ValueError("must be a JSON object, as a string")

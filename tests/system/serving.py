@@ -25,15 +25,17 @@ READY = re.compile(r"is served at (\S+)/v1")
 
 @dataclass
 class Serving:
-    """A running server. `lines` is what it printed so far."""
+    """A running server. `lines` is what it printed so far; `api_key`: what it wants to be asked with."""
 
     process: subprocess.Popen[str]
     url: str = ""
     start_s: float = 0.0
     lines: list[str] = field(default_factory=list)
+    api_key: str = ""
 
     def status(self) -> dict[str, Any]:
-        return dict(httpx.get(f"{self.url}/status", timeout=10.0).json())
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        return dict(httpx.get(f"{self.url}/status", headers=headers, timeout=10.0).json())
 
     def worker(self, role: str, rank: int = 0) -> dict[str, Any]:
         return next(w for w in self.status()["workers"] if (w["role"], w["rank"]) == (role, rank))

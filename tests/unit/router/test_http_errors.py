@@ -216,6 +216,25 @@ def test_a_body_that_is_no_json_object_is_refused_and_the_server_goes_on(router,
     assert router.openai.completions.create(model="tiny", prompt="hi").choices[0].text
 
 
+@pytest.mark.parametrize("where", ["logit_bias", "tools", "guided_json", "arguments"])
+def test_nesting_without_end_is_refused_wherever_json_is_read(router, where):
+    for depth in (100, 140, 1000):
+        deep = "[" * depth + "]" * depth
+        text = f'"{{\\"a\\": {deep}}}"'  # JSON in JSON
+        fields = {
+            "logit_bias": f'"logit_bias": {deep}',
+            "tools": f'"tools": [{{"type": "function", "function": {{"name": "f", "parameters": {{"a": {deep}}}}}}}]',
+            "guided_json": f'"guided_json": {text}',
+            "arguments": f'"messages": [{{"role": "assistant", "tool_calls": [{{"function": {{"name": "f", '
+            f'"arguments": {text}}}}}]}}]',
+        }
+        messages = "" if where == "arguments" else '"messages": [{"role": "user", "content": "hi"}], '
+        raw = f'{{"model": "tiny", "max_tokens": 2, {messages}{fields[where]}}}'
+        response = router.http.post("/v1/chat/completions", content=raw.encode())
+        assert response.status_code in (200, 400), response.text
+        assert ("128 deep" in response.text) == (depth > 128), response.text
+
+
 @pytest.mark.parametrize("missing", ["model", "prompt"])
 def test_a_missing_field_is_named(router, missing):
     body = {name: "tiny" for name in ("model", "prompt") if name != missing}
