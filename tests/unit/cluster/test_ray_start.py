@@ -8,7 +8,7 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.ray
-pytest.importorskip("ray")
+pytest.importorskip("afd.cluster.ray_host")  # before Ray itself: what it sets, Ray reads at import
 
 # Ray's own wait for its first process, cut to nothing: the try fails, and leaves that process behind.
 IMPATIENT = "RAY_gcs_server_port_wait_time_s"
