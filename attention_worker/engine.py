@@ -264,6 +264,7 @@ class Engine:
         self._grammars.compile(
             sequence.request.grammar,
             lambda outcome: self._note(lambda: self.requests.compiled(sequence, outcome)),
+            wanted=lambda: not sequence.cancelled,
         )
 
     def _note(self, action: Callable[[], None]) -> None:

@@ -43,6 +43,10 @@ class Matcher:
         self._look()
         return not self.problem and self._matcher.is_stopped()
 
+    def fail(self, problem: str) -> None:
+        """Ends the request with `problem`, unless it has one."""
+        self.problem = self.problem or problem
+
     def copy(self) -> Matcher:
         """Another one in the same state."""
         return Matcher(self._matcher.deep_copy())
@@ -67,15 +71,18 @@ class Grammars:
         self._kept: OrderedDict[str, Matcher] = OrderedDict()  # the one used last at the end
         self._thread = ThreadPoolExecutor(1, "grammars")
 
-    def compile(self, grammar: str, done: Compiled) -> None:
-        """Returns at once; `done` is called from the thread that compiles. May be called from any thread."""
-        self._thread.submit(self._compile, grammar, done)
+    def compile(self, grammar: str, done: Compiled, wanted: Callable[[], bool] = lambda: True) -> None:
+        """Returns at once; `done` is called from the thread that compiles, unless `wanted` then says that nobody waits
+        for it any more. May be called from any thread."""
+        self._thread.submit(self._compile, grammar, done, wanted)
 
     def close(self) -> None:
         """Drops what is not compiled yet. Idempotent."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _compile(self, grammar: str, done: Compiled) -> None:
+    def _compile(self, grammar: str, done: Compiled, wanted: Callable[[], bool]) -> None:
+        if not wanted():
+            return
         try:
             done(self._matcher(grammar))
         except Exception as error:

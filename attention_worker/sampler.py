@@ -38,6 +38,8 @@ class Sampler:
             if sequence.matcher is not None:
                 _constrain(logits[row], sequence.matcher)
             bias.apply(logits[row], sequence)
+            if sequence.matcher is not None and logits[row].max() == -torch.inf:
+                sequence.matcher.fail("allowed_token_ids and bad_words leave no token that the grammar allows")
             self._penalise(logits[row], sequence)
         chosen = self._choose(logits, sequences)
         if raw is None:

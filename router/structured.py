@@ -8,7 +8,9 @@ going that its grammar has completed.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -23,6 +25,8 @@ from router.tools.base import Json, quoted
 
 MAX_CHOICES = 4096
 _CHECK_S = 10.0  # longest wait for a grammar to be checked
+# Their own, so that costly grammars keep nobody waiting but one another.
+_CHECKING = ThreadPoolExecutor(2, "checks grammars")
 _SPACING = {"whitespace_flexible": False, "item_separator": r",\x20?", "key_separator": r":\x20?"}
 
 
@@ -174,16 +178,21 @@ async def check(grammar: str, params: Mapping[str, str], grammars: Mapping[str, 
     under its name, or for the `grammar` of which they are parts, and which comes from the field `whole`."""
     parts = [(params[name], compose(f"start: @{name}", {name: part})) for name, part in grammars.items()]
 
+    until = time.monotonic() + _CHECK_S
+    too_long = f"checking it takes longer than {_CHECK_S:g} s; make it simpler"
+
     def find() -> tuple[str, str]:
         for param, part in [*parts, (whole, grammar)]:
+            if time.monotonic() > until:  # nobody waits for it any more
+                return whole, too_long
             if problem := rules.problem(part):
                 return param, problem
         return "", ""
 
     try:
-        param, problem = await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(None, find), _CHECK_S)
+        param, problem = await asyncio.wait_for(asyncio.get_running_loop().run_in_executor(_CHECKING, find), _CHECK_S)
     except asyncio.TimeoutError:
-        param, problem = whole, f"checking it takes longer than {_CHECK_S:g} s; make it simpler"
+        param, problem = whole, too_long
     if problem:
         field = param.split(":")[0]
         raise RequestError(f"{param} cannot be followed: {problem}", param=field, code="invalid_grammar")

@@ -215,3 +215,25 @@ def test_without_a_compiler_a_grammar_is_refused() -> None:
         assert refused.finish is not None
         assert refused.finish.client_error
         assert "follows no grammars" in refused.finish.error
+
+
+def test_a_grammar_of_which_a_mask_leaves_nothing_ends_the_request_without_a_token(tokenizer_json: Path) -> None:
+    """It once gave an arbitrary token, and with max_tokens 1 even called the answer complete."""
+    spec = spec_of("step3", vocab_size=VOCAB, eos_token_id=EOS)
+    with split(spec, weights_of(spec), tokenizer_json=tokenizer_json) as rig:
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(max_tokens=1, temperature=temperature, allowed_token_ids=(ord("b"),))
+            refused = rig.submit(f"at {temperature}", [1], params, grammar=regex("a+"))
+            assert refused.ended.wait(SECONDS)
+            assert refused.finish is not None
+            assert refused.finish.client_error
+            assert refused.tokens == []
+            assert "allowed_token_ids" in refused.finish.error
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled(grammars: Grammars) -> None:
+    outcomes: queue.Queue[Matcher | str] = queue.Queue()
+    grammars.compile(regex("a"), outcomes.put, wanted=lambda: False)
+    assert isinstance(compiled(grammars, regex("b")), Matcher)
+    assert outcomes.empty()
+    assert list(grammars._kept) == [regex("b")]
