@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from afd.types import GenerateOutput, GenerateRequest, SampledToken
+from afd.types import GenerateOutput, GenerateRequest, Refusal, SampledToken
 from attention_worker.grammar import Matcher
 from attention_worker.scheduler import Batch, Scheduler
 from attention_worker.sequence import Sequence
@@ -115,19 +115,19 @@ class Requests:
             if sequence.cancelled:
                 self.scheduler.remove(sequence)
 
-    def fail(self, sequences: Iterable[Sequence], sentence: str) -> None:
+    def fail(self, sequences: Iterable[Sequence], sentence: str, refused: Refusal = "") -> None:
         """Ends `sequences`, none of which is being computed any more, with an error."""
         for sequence in sequences:
             sequence.in_flight = False
             if sequence.cancelled:
                 self.scheduler.remove(sequence)
             else:
-                self._outputs.append((sequence.owner, sequence.end("error", sentence)))
+                self._outputs.append((sequence.owner, sequence.end("error", sentence, refused=refused)))
                 self._drop(sequence)
 
     def fail_all(self, sentence: str) -> None:
-        """Ends every request; none is being computed any more."""
-        self.fail([*self.scheduler.all(), *self._compiling], sentence)
+        """Ends every request; none is being computed any more. Another worker may take those without a token."""
+        self.fail([*self.scheduler.all(), *self._compiling], sentence, refused="unavailable")
 
     def flush(self) -> None:
         """Publishes what was said since the last flush."""
