@@ -2,8 +2,8 @@
 
 Only full blocks are shared, so none is ever written by two sequences, and never the block with a sequence's last token,
 whose logits give the next one. A block is shared once its KV is computed. Until then it is promised by the sequence
-that computes it, and a newcomer that needs it next waits for it: prompts are computed oldest first, so it would hardly
-start earlier with one of its own.
+that computes it, and a newcomer that needs it next waits for it, unless it is the more urgent of the two: prompts are
+computed in order of urgency, so it would hardly start earlier with one of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class PrefixCache:
         self._name(sequence)
         names = sequence.block_names[: (len(sequence.token_ids) - 1) // self._blocks.block_size]
         shared = self._blocks.cached(names)
-        return None if len(shared) < len(names) and names[len(shared)] in self._promised else shared
+        promiser = self._promised.get(names[len(shared)]) if len(shared) < len(names) else None
+        return None if promiser is not None and promiser.urgency < sequence.urgency else shared
 
     def admit(self, sequence: Sequence, shared: list[int]) -> None:
         """`sequence` runs from now on, and shares the blocks it was told to `find`: their KV counts as computed."""

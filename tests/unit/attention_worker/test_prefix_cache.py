@@ -349,3 +349,18 @@ def test_under_random_load_every_table_holds_its_own_tokens(
     else:
         raise AssertionError("the load never ended")
     assert sched.blocks.num_used == 0
+
+
+def test_a_more_urgent_request_does_not_wait_for_a_less_urgent_one_to_compute_its_prefix() -> None:
+    sched = scheduler(budget=SIZE)
+    prompt = list(range(3 * SIZE))
+    slow, urgent = sequence("slow", [*prompt, 1], priority=5), sequence("urgent", [*prompt, 2], priority=-5)
+    sched.add(slow)
+    assert set(step(sched)) == {"slow"}  # it has promised all three blocks, and computed one
+    sched.add(urgent)
+    assert sched.prefixes.find(urgent) == slow.block_table[:1]
+    patient = sequence("patient", [*prompt, 3], priority=7)
+    assert sched.prefixes.find(patient) is None
+    while sched.has_work():
+        step(sched)
+        sched.check()
