@@ -34,13 +34,19 @@ class Admission:
         self.waiting += count
 
     def leave(self) -> None:
-        """One waits no longer: it has a token, or has ended."""
+        """One waits no longer: it has a token."""
         now = self._clock()
         if self._left_at is not None:
             self._interval_s += _NEWEST * (now - self._left_at - self._interval_s)
-        self.waiting -= 1
+        self._left_at = now
+        self.give_up(1)
+
+    def give_up(self, count: int) -> None:
+        """`count` wait no longer, without a token: that says nothing of how fast the queue moves."""
+        self.waiting -= count
         assert self.waiting >= 0, "more stopped waiting than came"
-        self._left_at = now if self.waiting else None  # an empty queue says nothing of how fast it moves
+        if not self.waiting:
+            self._left_at = None  # nor does an empty one
 
     @property
     def retry_after_s(self) -> int:

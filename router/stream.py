@@ -80,8 +80,8 @@ class Stream:
             client.cancel(request_id)
             self._metrics.finished(reason, time.perf_counter() - self._started)
         self._running.clear()
-        for request_id in list(self._waiting):
-            self._waits_no_more(request_id)
+        self._admission.give_up(len(self._waiting))
+        self._waiting.clear()
 
     def tell(self, exchange: Exchange) -> None:
         """What happened so far, for logs and spans."""
@@ -136,10 +136,6 @@ class Stream:
         self._metrics.retries.inc()
         return True
 
-    def _waits_no_more(self, request_id: str) -> None:
-        self._waiting.discard(request_id)
-        self._admission.leave()
-
     def _took(self, request_id: str, running: _Running, delta: Delta, said: FinishReason | None) -> Delta:
         """Follows what `delta` means for its choice. `said` is how the worker said that it ends, if it did."""
         choice, client = running
@@ -160,7 +156,8 @@ class Stream:
             return
         now = time.perf_counter()
         if choice.last_token_at is None:
-            self._waits_no_more(choice.request.request_id)
+            self._waiting.discard(choice.request.request_id)
+            self._admission.leave()
             choice.first_token_at = now
             self._first_token_s = now - self._started if self._first_token_s is None else self._first_token_s
             self._metrics.time_to_first_token.observe(now - self._started)

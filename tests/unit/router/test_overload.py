@@ -297,3 +297,16 @@ def test_metrics_say_how_much_each_worker_found_cached(router):
     text = router.http.get("/metrics").text
     assert 'afd_prefix_cache_queries_total{attention_rank="0"} 90.0' in text
     assert 'afd_prefix_cache_hits_total{attention_rank="0"} 60.0' in text
+
+
+def test_requests_that_give_up_say_nothing_of_how_fast_the_queue_moves():
+    now = [0.0]
+    admission = Admission(40, clock=lambda: now[0])
+    admission.enter(140)
+    for _ in range(30):
+        now[0] += 2.0
+        admission.leave()
+    before = admission.retry_after_s
+    admission.give_up(100)
+    assert admission.waiting == 10
+    assert admission.retry_after_s == before > 10
