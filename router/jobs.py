@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from afd.errors import RequestError
@@ -97,9 +97,15 @@ class Jobs:
         job = self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS, plan)
         num_best = max(request.best_of or 0, job.n)
         job = replace(job, n=num_best, best=job.n) if num_best > job.n else job
-        return replace(job, echoes=tuple(map(self._echo, request.prompt))) if request.echo else job
+        if not request.echo:
+            return job
+        cut = [len(used) < len(ids) for used, ids in zip(job.prompts, prompts, strict=True)]
+        asked = [
+            used if short else prompt for short, used, prompt in zip(cut, job.prompts, request.prompt, strict=True)
+        ]
+        return replace(job, echoes=tuple(map(self._echo, asked)))
 
-    def _echo(self, prompt: str | list[int]) -> str:
+    def _echo(self, prompt: str | Sequence[int]) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, special=True)
 
     def check_vocabulary(self, ids: Iterable[int], param: str) -> None:

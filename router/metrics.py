@@ -64,7 +64,7 @@ class Metrics:
         )
         self._success = Counter(
             "afd_request_success",
-            "Requests ended, by reason: stop, length, abort (the client left), timeout or error.",
+            "Requests ended, by reason: stop, length, tool_calls, abort (the client left), timeout or error.",
             ["finished_reason"],
             registry=registry,
         )

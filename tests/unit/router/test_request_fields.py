@@ -148,3 +148,10 @@ def test_answers_carry_the_fingerprint_of_the_deployment(start, settings, worker
     router = start(replace(settings, fingerprint="fp_123"), worker)
     assert ask(router, path)["system_fingerprint"] == "fp_123"
     assert {chunk["system_fingerprint"] for chunk in ask(router, path, stream=True)} == {"fp_123"}
+
+
+def test_echo_of_a_cut_prompt_is_what_the_model_saw(router, tokenizer):
+    kept = tokenizer.decode(ids(tokenizer, PROMPT)[-2:], special=True)
+    assert kept != PROMPT
+    answer = ask(router, prompt=PROMPT, echo=True, truncate_prompt_tokens=2, max_tokens=64)
+    assert answer["choices"][0]["text"] == kept + SAID
