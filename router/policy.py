@@ -5,11 +5,11 @@ POLICIES is where another policy plugs in: a Policy under a name, chosen by rout
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
 
 from afd.errors import ConfigError
 from afd.token_blocks import extend_names
@@ -31,15 +31,19 @@ class Load:
         return self.free_tokens is not None and self.free_tokens < num_tokens
 
 
-class Policy(Protocol):
+class Policy(ABC):
     """Chooses among workers that can take a request. May keep state between calls; called on one thread."""
 
+    @abstractmethod
     def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:
         """The attention_rank to use. `loads` is never empty and sorted by attention_rank; requests of one `session`
         belong together ("": of none)."""
 
+    def forget(self, attention_rank: int) -> None:  # noqa: B027 - most remember nothing
+        """This worker is gone; one that comes under its rank knows nothing of what it was sent."""
 
-class LeastLoaded:
+
+class LeastLoaded(Policy):
     """The worker whose KV cache has room for the prompt, then with the fewest tokens in flight, then the fewest
     requests, then the lowest attention_rank."""
 
@@ -47,7 +51,7 @@ class LeastLoaded:
         return _least_loaded(loads, len(request.prompt_token_ids)).attention_rank
 
 
-class RoundRobin:
+class RoundRobin(Policy):
     """Each worker in turn, whatever its load."""
 
     def __init__(self) -> None:
@@ -59,7 +63,7 @@ class RoundRobin:
         return self._last
 
 
-class Session:
+class Session(Policy):
     """A session's worker by a hash, the same at every router; while that worker is gone, only its sessions move, and
     spread over the others. Requests of no session go by load."""
 
@@ -69,7 +73,7 @@ class Session:
         return max((load.attention_rank for load in loads), key=lambda rank: _lot(session, rank))
 
 
-class Prefix:
+class Prefix(Policy):
     """The worker that has been sent the beginning of this prompt before, by blocks of `block_size` tokens, of which it
     remembers the `memory` last ones of each worker. By load where less than half of the prompt is known, among equals,
     and where the favourite is overloaded: it has more than OVERLOAD times the requests of the least loaded worker and
@@ -82,10 +86,10 @@ class Prefix:
         self._block_size = block_size
         self._memory = memory
         self._seen: dict[int, OrderedDict[bytes, None]] = {}  # by attention_rank, the oldest first
+        self._named: tuple[tuple[int, ...], str, list[bytes]] = ((), "", [])  # the last prompt, its salt, its blocks
 
     def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:  # noqa: ARG002
-        names: list[bytes] = []
-        extend_names(names, request.prompt_token_ids, self._block_size, request.cache_salt)
+        names = self._names(request)
         length = len(request.prompt_token_ids)
         chosen = _least_loaded(loads, length)
         known = {load.attention_rank: self._known(load.attention_rank, names) for load in loads}
@@ -97,6 +101,18 @@ class Prefix:
                 chosen = favourite
         self._remember(chosen.attention_rank, names)
         return chosen.attention_rank
+
+    def forget(self, attention_rank: int) -> None:
+        self._seen.pop(attention_rank, None)
+
+    def _names(self, request: GenerateRequest) -> list[bytes]:
+        """Of the prompt's blocks. The choices of one prompt come one behind the other, with the same tuple."""
+        prompt, salt, names = self._named
+        if prompt is not request.prompt_token_ids or salt != request.cache_salt:
+            prompt, salt, names = request.prompt_token_ids, request.cache_salt, []
+            extend_names(names, prompt, self._block_size, salt)
+            self._named = (prompt, salt, names)
+        return names
 
     def _overloaded(self, favourite: Load, least: Load, rest: int) -> bool:
         busy = favourite.requests > self.OVERLOAD * least.requests + self.SLACK

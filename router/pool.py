@@ -178,6 +178,7 @@ class Pool:
 
     def _drop(self, attention_rank: int, why: str) -> None:
         member = self._members.pop(attention_rank)
+        self._policy.forget(attention_rank)
         now = asyncio.get_running_loop().time()
         self._broken = {a: at for a, at in self._broken.items() if at + _RECONNECT_S > now} | {
             member.worker.address: now

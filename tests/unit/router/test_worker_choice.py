@@ -54,6 +54,14 @@ def test_a_prompt_goes_where_its_beginning_went():
     assert policy.choose(request(*shared, 4), "", loads(5, 0)) == 1, "now both know it: by load"
 
 
+def test_a_worker_that_is_gone_takes_its_reputation_along():
+    policy = Prefix(BLOCK)
+    prompt = request(*[7] * 9)
+    assert policy.choose(prompt, "", loads(0, 1)) == 0
+    policy.forget(0)
+    assert policy.choose(prompt, "", loads(5, 0)) == 1
+
+
 def test_an_overloaded_favourite_loses_the_request():
     policy = Prefix(BLOCK)
     prompt = request(*[7] * 9)
