@@ -15,6 +15,7 @@ import httpx
 from openai import OpenAI
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from afd.errors import RequestError
 from afd.rpc.attention_pb2_grpc import AttentionServicer, add_AttentionServicer_to_server
 from afd.rpc.convert import AttentionStatus, request_from_proto, status_to_proto
 from afd.rpc.steps import StepWriter
@@ -139,12 +140,20 @@ class ScriptedWorker(AttentionServicer):
         async def read() -> None:
             async for message in request_iterator:
                 if message.WhichOneof("kind") == "submit":
-                    request = request_from_proto(message.submit)
+                    try:
+                        request = request_from_proto(message.submit)
+                    except RequestError as error:
+                        said = GenerateOutput(
+                            message.submit.request_id, (), "error", error=str(error), client_error=True
+                        )
+                        await outputs.put(said)
+                        continue
                     writer.opened(request.request_id, message.submit.handle)
                     playing[request.request_id] = asyncio.create_task(play(request))
                     self.submitted.put(request)
                 else:
-                    playing[message.cancel.request_id].cancel()
+                    if message.cancel.request_id in playing:
+                        playing[message.cancel.request_id].cancel()
                     self.cancelled.put(message.cancel.request_id)
             await outputs.put(None)  # the router ends the stream
 
