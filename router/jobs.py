@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 from afd.errors import RequestError
@@ -99,14 +99,14 @@ class Jobs:
         job = replace(job, n=num_best, best=job.n) if num_best > job.n else job
         if not request.echo:
             return job
-        cut = [len(used) < len(ids) for used, ids in zip(job.prompts, prompts, strict=True)]
-        asked = [
-            used if short else prompt for short, used, prompt in zip(cut, job.prompts, request.prompt, strict=True)
-        ]
-        return replace(job, echoes=tuple(map(self._echo, asked)))
+        each = zip(request.prompt, job.prompts, map(len, prompts), strict=True)
+        return replace(job, echoes=tuple(self._echo(asked, used, length) for asked, used, length in each))
 
-    def _echo(self, prompt: str | Sequence[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt, special=True)
+    def _echo(self, asked: str | list[int], used: tuple[int, ...], length: int) -> str:
+        """A prompt of `length` tokens as the client wrote it, unless only the end of it is `used`."""
+        if isinstance(asked, str) and len(used) == length:
+            return asked
+        return self.tokenizer.decode(used, special=True)
 
     def check_vocabulary(self, ids: Iterable[int], param: str) -> None:
         """Raises RequestError for the first id that the model does not have."""
