@@ -99,8 +99,8 @@ class Jobs:
         job = replace(job, n=num_best, best=job.n) if num_best > job.n else job
         if not request.echo:
             return job
-        each = zip(request.prompt, job.prompts, map(len, prompts), strict=True)
-        return replace(job, echoes=tuple(self._echo(asked, used, length) for asked, used, length in each))
+        each = range(len(prompts))
+        return replace(job, echoes=tuple(self._echo(request.prompt[i], job.prompts[i], len(prompts[i])) for i in each))
 
     def _echo(self, asked: str | list[int], used: tuple[int, ...], length: int) -> str:
         """A prompt of `length` tokens as the client wrote it, unless only the end of it is `used`."""
