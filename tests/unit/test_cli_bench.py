@@ -81,9 +81,10 @@ def test_a_trace_is_sent_at_its_times(tmp_path: Path, monkeypatch: Monkey) -> No
 
 def test_ctrl_c_ends_a_run_with_the_figures_so_far() -> None:
     with serving(answering := script()) as url:
-        command = [AFD, "bench", "--url", url, "--duration", "60", "--output-tokens", "3", "--json"]
+        command = [AFD, "bench", "--url", url, "--duration", "60", "--concurrency", "1"]
+        command += ["--output-tokens", "3", "--json"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        until(lambda: answering.bodies, 30.0)
+        until(lambda: len(answering.bodies) >= 3, 30.0)  # one at a time: two have been answered to the end
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=20)
     assert process.returncode == 0, err
