@@ -17,14 +17,14 @@ from starlette.responses import Response
 
 from afd.errors import ClusterError, ConfigError
 from afd.types import ClusterView
-from router import errors, openapi
-from router.debug import Debug, Timelines, nobody
-from router.front_door import FrontDoor
 from router.gateway import VERSION, Gateway
-from router.http_protocol import limited
-from router.live import Live
-from router.page import Page
+from router.http import errors, openapi
+from router.http.front_door import FrontDoor
+from router.http.page import Page
+from router.http.protocol import limited
 from router.settings import RouterSettings
+from router.telemetry.debug import Debug, Timelines, nobody
+from router.telemetry.live import Live
 
 __all__ = ["RouterSettings", "Server", "bind", "create_app"]
 

@@ -17,18 +17,20 @@ from starlette.responses import Response
 
 from afd.errors import AfdError, RequestError, Unavailable
 from afd.types import ClusterView, Role
-from router import errors, exchange, policy, tracing
-from router.exchange import Exchange
 from router.generation import Generation
-from router.job import Job
-from router.metrics import Metrics
-from router.pool import Pool
-from router.relay import Relay
-from router.responses import ChatShape, CompletionShape, Json, Shape, Style
-from router.schema import ChatRequest, CompletionRequest, parse
+from router.http import errors, exchange
+from router.http.exchange import Exchange
+from router.openai.responses import ChatShape, CompletionShape, Json, Shape, Style
+from router.openai.schema import ChatRequest, CompletionRequest, parse
+from router.openai.tokenization import Tokenization
+from router.relay import policy
+from router.relay.job import Job
+from router.relay.pool import Pool
+from router.relay.relay import Relay
+from router.relay.terms import Terms
 from router.settings import RouterSettings
-from router.terms import Terms
-from router.tokenization import Tokenization
+from router.telemetry import tracing
+from router.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

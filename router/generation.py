@@ -13,14 +13,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from afd.errors import AfdError
-from router import errors, exchange
-from router.best import best
-from router.choice import Delta
-from router.job import Job
-from router.metrics import Metrics
-from router.relay import Relay
-from router.responses import Shape, event
-from router.stream import Stream
+from router.answers.best import best
+from router.answers.choice import Delta
+from router.http import errors, exchange
+from router.openai.responses import Shape, event
+from router.relay.job import Job
+from router.relay.relay import Relay
+from router.relay.stream import Stream
+from router.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

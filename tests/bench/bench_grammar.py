@@ -24,7 +24,7 @@ from afd.types import GenerateRequest, SampledToken, SamplingParams
 from attention_worker.grammar import Grammars, Matcher
 from attention_worker.sampler import Sampler
 from attention_worker.sequence import Sequence
-from router.structured import compose
+from router.openai.structured import compose
 
 PERSON = {
     "type": "object",

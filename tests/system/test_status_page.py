@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from router.page import Page
+from router.http.page import Page
 from tests import tiny
 from tests.system import chromium
 from tests.system.serving import AFD, Serving, serving, until

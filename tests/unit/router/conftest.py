@@ -8,7 +8,7 @@ import pytest
 
 from afd.types import WorkerView
 from router.settings import RouterSettings
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))  # for scripted_worker.py, which the tests here share
 

@@ -18,9 +18,9 @@ from starlette.applications import Starlette
 from afd.errors import ClusterError
 from afd.pipeline.timeline import Timelines
 from afd.types import ClusterView, Role, WorkerView
-from router import live
 from router.app import create_app
 from router.settings import RouterSettings
+from router.telemetry import live
 from tests.unit.pipeline.recordings import one_layer
 
 Collect = Callable[[float, int], Timelines]

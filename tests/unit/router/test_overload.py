@@ -15,8 +15,8 @@ from scripted_worker import Say, ScriptedWorker, cluster, endless, silent
 
 from afd.errors import DeadlineExceeded, QueueFull
 from afd.types import GenerateOutput, SampledToken
-from router.admission import Admission
-from router.deadline import deadline
+from router.relay.admission import Admission
+from router.relay.deadline import deadline
 
 PROMPT = {"model": "tiny", "prompt": "a", "max_tokens": 200}
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}

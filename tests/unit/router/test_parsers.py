@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from afd.config import RouterSection
 from afd.errors import ConfigError
-from router.answer import AnswerParser
-from router.reasoning import registry as reasoning
-from router.reasoning.base import said_by
-from router.tools import registry as formats
-from router.tools.base import CallDelta
-from router.tools.fields import Tool
+from router.answers.answer import AnswerParser
+from router.answers.reasoning import registry as reasoning
+from router.answers.reasoning.base import said_by
+from router.answers.tools import registry as formats
+from router.answers.tools.base import CallDelta
+from router.answers.tools.fields import Tool
 
 TOOLS = [
     Tool.model_validate(

@@ -7,8 +7,8 @@ from prometheus_client import CollectorRegistry
 
 from afd.rpc.convert import AttentionStatus
 from afd.types import ActivityTotals, HistogramTotals, Role, WorkerTotals, WorkerView
-from router.metrics import Metrics
-from router.shares import RecentShares
+from router.telemetry.metrics import Metrics
+from router.telemetry.shares import RecentShares
 
 
 def view(role: Role, rank: int = 0, generated: int = 0, experts: tuple[int, int] = (0, 0), **seconds: float):

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from afd.rpc.attention_client import Inbox
 from afd.types import GenerateOutput, SampledToken, SamplingParams
-from router.admission import Admission
-from router.choice import Delta, TextRules
-from router.counts import Count, Spread
+from router.answers.choice import Delta, TextRules
 from router.generation import at_once
-from router.job import Job
-from router.metrics import Metrics
-from router.responses import ChatShape, CompletionShape, Style
-from router.stream import Stream
+from router.openai.responses import ChatShape, CompletionShape, Style
+from router.relay.admission import Admission
+from router.relay.job import Job
+from router.relay.stream import Stream
+from router.telemetry.counts import Count, Spread
+from router.telemetry.metrics import Metrics
 
 
 class OneWorker:

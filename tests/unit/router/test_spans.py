@@ -14,7 +14,7 @@ import pytest
 from scripted_worker import refuse
 
 from afd.errors import ConfigError
-from router import tracing
+from router.telemetry import tracing
 
 pytest.importorskip("opentelemetry.sdk")
 trace_service_pb2 = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
@@ -127,7 +127,7 @@ def test_spans_without_their_packages_are_refused_at_the_start(monkeypatch):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return find(name, *args, **kwargs)
 
-    monkeypatch.delitem(__import__("sys").modules, "router.otlp", raising=False)
+    monkeypatch.delitem(__import__("sys").modules, "router.telemetry.otlp", raising=False)
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(ConfigError, match=r"afd\[otel\]"):
         tracing.open_spans("http://127.0.0.1:1", "tiny")

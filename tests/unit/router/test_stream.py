@@ -3,11 +3,11 @@ from __future__ import annotations
 import asyncio
 
 from afd.types import GenerateOutput, SampledToken, SamplingParams
-from router.admission import Admission
-from router.choice import TextRules
-from router.job import Job
-from router.metrics import Metrics
-from router.stream import Stream
+from router.answers.choice import TextRules
+from router.relay.admission import Admission
+from router.relay.job import Job
+from router.relay.stream import Stream
+from router.telemetry.metrics import Metrics
 
 
 class OneWorker:

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
 from afd.errors import CheckpointError, RequestError
-from router.chat import ChatTemplate
-from router.detokenizer import ByteDetokenizer, WindowDetokenizer, detokenizer
-from router.stops import StopStrings
-from router.tokenizer import Tokenizer, off_loop
+from router.text.chat import ChatTemplate
+from router.text.detokenizer import ByteDetokenizer, WindowDetokenizer, detokenizer
+from router.text.stops import StopStrings
+from router.text.tokenizer import Tokenizer, off_loop
 
 
 def pieces_of(text, cuts):

@@ -14,9 +14,9 @@ from scripted_worker import cluster
 from afd.pipeline.timeline import Activity, Timeline, Timelines
 from afd.types import Role, WorkerView
 from router.app import create_app
-from router.debug import MAX_EVENTS
-from router.metrics import Metrics
 from router.settings import RouterSettings
+from router.telemetry.debug import MAX_EVENTS
+from router.telemetry.metrics import Metrics
 from tests import chrome_trace
 from tests.unit.pipeline.recordings import one_layer
 

@@ -7,7 +7,7 @@ import pytest
 from afd.config import PolicyName
 from afd.errors import ConfigError
 from afd.types import GenerateRequest, SamplingParams
-from router.policy import POLICIES, LeastLoaded, Load, Prefix, RoundRobin, Session, create
+from router.relay.policy import POLICIES, LeastLoaded, Load, Prefix, RoundRobin, Session, create
 
 BLOCK = 4
 

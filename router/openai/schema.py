@@ -1,0 +1,350 @@
+"""The requests of the OpenAI API that this router understands, with vLLM's extensions. JSON in, checked values out.
+
+A field is understood, is one of IGNORED (says nothing about the answer), or is known and not implemented: then it may
+hold only a value that means "off" (OFF_VALUES) and is refused by name otherwise. Fields that nobody knows are dropped,
+as vLLM does, with a line in the debug log.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from afd.errors import RequestError
+from router.answers.tools.fields import ToolCall, ToolFields
+from router.openai.fields import LogitBias, TokenId, read_json
+from router.openai.structured import Structured
+
+log = logging.getLogger(__name__)
+
+MAX_N = 128
+MAX_CHOICES = 1024  # prompts times n
+MAX_LOGPROBS = 20
+MAX_STOPS = 16
+MAX_BAD_WORDS = 256
+
+IGNORED = frozenset(
+    {
+        "include_reasoning",
+        "metadata",
+        "parallel_tool_calls",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "spaces_between_special_tokens",  # tokenizer.json decides it
+        "store",
+    }
+)
+# Fields that this server, or one of its endpoints, does not implement, and the values of them that ask for nothing.
+OFF_VALUES: dict[str, tuple[object, ...]] = {
+    "audio": (None,),
+    "best_of": (None, 1),
+    "chat_template": (None,),
+    "continue_final_message": (None, False),
+    "documents": (None, []),
+    "echo": (None, False),
+    "function_call": (None, "none", "auto"),
+    "functions": (None, []),
+    "kv_transfer_params": (None,),
+    "length_penalty": (None, 1),
+    "modalities": (None, ["text"]),
+    "prediction": (None,),
+    "prompt_embeds": (None,),
+    "prompt_logprobs": (None,),
+    "reasoning_effort": (None,),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none", "auto"),
+    "tools": (None, []),
+    "use_beam_search": (None, False),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+}
+
+Prompt = list[str] | list[list[int]]
+
+
+def _stops(value: object) -> object:
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if len(stops) > MAX_STOPS or not all(stops):
+        raise ValueError(f"must hold at most {MAX_STOPS} strings, none of them empty")
+    return stops
+
+
+def _prompt(value: object) -> object:
+    """Text, texts, token ids, or lists of token ids, as a list of prompts of one kind."""
+    prompts = value if isinstance(value, list) else [value]
+    if prompts is value and prompts and all(type(token) is int for token in prompts):
+        prompts = [prompts]
+    if not prompts or "" in prompts or [] in prompts:
+        raise ValueError("must not be empty")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        return prompts
+    if all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in prompts):
+        return prompts
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+def _text(value: object) -> object:
+    """A message's content: text, or parts of type "text" (joined by line breaks)."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise ValueError(f"holds a part of type {kind!r}; this server takes only parts of type 'text'")
+        if not isinstance(part.get("text"), str):
+            raise ValueError("holds a text part whose 'text' is not a string")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Message(BaseModel):
+    """One turn. Fields that answers carry and clients send back (refusal, annotations, …) are not looked at. Where an
+    assistant calls tools, content may be missing."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_text)]
+    name: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _calls_need_no_content(cls, data: object) -> object:
+        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+            return {**data, "content": ""}
+        return data
+
+    def for_template(self) -> dict[str, object]:
+        """As chat templates expect it; "developer" is the newer name of "system", which they know."""
+        fields = self.model_dump(exclude_none=True)
+        return fields | {"role": "system"} if self.role == "developer" else fields
+
+
+class _Generation(_Body, Structured):
+    """What both endpoints share."""
+
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    min_tokens: int | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31)
+    min_p: float | None = Field(None, ge=0, le=1)
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
+    stop_token_ids: list[TokenId] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    logit_bias: LogitBias = None
+    allowed_token_ids: list[TokenId] | None = None
+    bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=MAX_BAD_WORDS)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    # How the request is served (router.terms).
+    timeout: float | None = Field(None, gt=0)  # seconds
+    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    user: str | None = None
+    prompt_cache_key: str | None = None
+    cache_salt: str | None = None
+
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens the client allows the answer; None: it does not say."""
+        return self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives wanted beside each token; None: no logprobs."""
+        raise NotImplementedError
+
+    @property
+    def worker_logprobs(self) -> int | None:
+        """The same, as the worker has to give them."""
+        return self.num_logprobs
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def usage_in_chunks(self) -> bool:
+        return bool(self.include_usage and self.stream_options and self.stream_options.continuous_usage_stats)
+
+
+class ChatPrompt(_Body, ToolFields):
+    """Messages and tools, and how they become a prompt."""
+
+    messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, object] | None = None
+
+
+class ChatRequest(_Generation, ChatPrompt):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(_Generation):
+    """POST /v1/completions."""
+
+    prompt: Annotated[Prompt, BeforeValidator(_prompt)]
+    add_special_tokens: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
+    echo: bool | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def worker_logprobs(self) -> int | None:
+        return 0 if self.logprobs is None and (self.best_of or 1) > (self.n or 1) else self.logprobs
+
+
+Request = ChatRequest | CompletionRequest
+R = TypeVar("R", ChatRequest, CompletionRequest)
+B = TypeVar("B", bound=BaseModel)
+
+
+def parse(kind: type[R], raw: bytes) -> R:
+    """Reads a request body. Raises RequestError naming the field at fault."""
+    request = validate(kind, _implemented(json_object(raw), kind))
+    _check_together(request)
+    return request
+
+
+def json_object(raw: bytes) -> dict[str, object]:
+    """Raises RequestError for a body that is no JSON object."""
+    try:
+        data = read_json(raw)
+    except ValueError as error:
+        raise RequestError(f"the request body is not valid JSON: {error}", code="invalid_json") from error
+    if not isinstance(data, dict):
+        raise RequestError(f"the request body is a JSON {type(data).__name__}, not an object", code="invalid_json")
+    return data
+
+
+def validate(kind: type[B], fields: Mapping[str, object]) -> B:
+    """Raises RequestError naming the field at fault."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise _explain(error) from error
+
+
+def _implemented(data: Mapping[str, object], kind: type[_Generation]) -> dict[str, object]:
+    """`data` without fields that ask for nothing. Raises RequestError for what this server does not implement."""
+    fields = {}
+    for name, value in data.items():
+        if name in OFF_VALUES and name not in kind.model_fields:
+            if value not in OFF_VALUES[name] and not (name == "best_of" and value == data.get("n")):
+                raise RequestError(f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+        elif name in kind.model_fields:
+            fields[name] = value
+        elif name not in IGNORED:
+            log.debug("ignored the unknown request field %.80r", name)
+    messages = fields.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else ()):
+        for name in ("function_call", "audio"):
+            if isinstance(message, dict) and message.get(name):
+                param = f"messages[{index}].{name}"
+                raise RequestError(
+                    f"{param} is not supported by this server", param=param, code="unsupported_parameter"
+                )
+    return fields
+
+
+def _check_together(request: Request) -> None:
+    """Rules over several fields."""
+    if request.stream_options is not None and not request.stream:
+        raise RequestError("stream_options is only for requests with stream: true", param="stream_options")
+    if isinstance(request, ChatRequest):
+        request.check_choice()
+    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
+        raise RequestError("top_logprobs is only for requests with logprobs: true", param="top_logprobs")
+    num_prompts, n = 1, request.n or 1
+    if isinstance(request, CompletionRequest):
+        _check_completion(request)
+        num_prompts, n = len(request.prompt), max(n, request.best_of or 1)
+    if (num_choices := num_prompts * n) > MAX_CHOICES:
+        raise RequestError(
+            f"prompt holds {num_prompts} prompts and n or best_of is {n}: {num_choices} choices, but one request may "
+            f"ask for {MAX_CHOICES} at most; send several requests",
+            param="prompt",
+            code="too_many_choices",
+        )
+    limit = request.token_limit
+    if limit is not None and (request.min_tokens or 0) > limit:
+        raise RequestError(f"min_tokens is {request.min_tokens} but the answer may have {limit}", param="min_tokens")
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    n, best_of = request.n or 1, request.best_of
+    if best_of is not None and best_of < n:
+        raise RequestError(f"best_of is {best_of}, but must be at least n, which is {n}", param="best_of")
+    if best_of is not None and best_of > n and request.stream:
+        raise RequestError("best_of above n is only for requests that are not streamed", param="best_of")
+    if request.echo and request.logprobs is not None:
+        raise RequestError(
+            "echo with logprobs is not supported by this server: it has no logprobs of prompts; leave one of them out",
+            param="echo",
+            code="unsupported_parameter",
+        )
+
+
+def _explain(error: ValidationError) -> RequestError:
+    """The first thing wrong, as a sentence."""
+    item = error.errors(include_url=False)[0]
+    place = ""
+    for part in item["loc"]:
+        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+    if item["type"] == "missing":
+        return RequestError(f"{place} is missing", param=place, code="missing_required_parameter")
+    value = repr(item["input"])
+    value = value if len(value) <= 60 else f"{value[:57]}..."
+    problem = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return RequestError(f"{place} is {value}: {problem[:1].lower()}{problem[1:]}", param=place, code="invalid_value")

@@ -1,0 +1,81 @@
+"""POST /tokenize and /detokenize, as vLLM has them: what the model's tokenizer makes of a prompt, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from router.openai.fields import TokenId
+from router.openai.responses import Json
+from router.openai.schema import ChatPrompt, json_object, validate
+from router.relay.jobs import Jobs
+from router.text.tokenizer import off_loop
+
+_CHARS_PER_TOKEN = 8  # more than most have; only says whether decoding is work for another thread
+
+
+class _Tokenize(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    model: str | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizePrompt(_Tokenize):
+    """The body of POST /tokenize with a text."""
+
+    prompt: str
+    add_special_tokens: bool | None = None
+
+
+class TokenizeChat(_Tokenize, ChatPrompt):
+    """The body of POST /tokenize with messages."""
+
+
+class Detokenize(BaseModel):
+    """The body of POST /detokenize."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+
+    model: str | None = None
+    tokens: list[TokenId] = Field(max_length=1 << 21)
+
+
+class Tokenization:
+    """`check_model` raises RequestError for a model that is not served here."""
+
+    def __init__(self, jobs: Jobs, check_model: Callable[[str], None]) -> None:
+        self._jobs = jobs
+        self._check_model = check_model
+
+    async def tokenize(self, raw: bytes) -> Json:
+        """Raises RequestError."""
+        fields = json_object(raw)
+        body: TokenizePrompt | TokenizeChat
+        if "messages" in fields:
+            body = validate(TokenizeChat, fields)
+            _, ids = await self._jobs.chat_prompt(body)
+        else:
+            body = validate(TokenizePrompt, fields)
+            prompt, special = body.prompt, body.add_special_tokens is not False
+            ids = await off_loop(lambda: self._jobs.tokenizer.encode(prompt, special=special), len(prompt))
+        if body.model is not None:
+            self._check_model(body.model)
+        strings = [self._jobs.tokenizer.piece(i) for i in ids] if body.return_token_strs else None
+        return {
+            "count": len(ids),
+            "max_model_len": self._jobs.max_context,
+            "tokens": ids,
+            "token_strs": strings,
+        }
+
+    async def detokenize(self, raw: bytes) -> Json:
+        """Raises RequestError."""
+        body = validate(Detokenize, json_object(raw))
+        if body.model is not None:
+            self._check_model(body.model)
+        self._jobs.check_vocabulary(body.tokens, "tokens")
+        num_chars = len(body.tokens) * _CHARS_PER_TOKEN
+        text = await off_loop(lambda: self._jobs.tokenizer.decode(body.tokens, special=True), num_chars)
+        return {"prompt": text}
