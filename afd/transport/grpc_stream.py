@@ -21,6 +21,7 @@ from functools import partial
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from afd.errors import FrameError, PeerLost, PeerTimeout, TransportError
+from afd.heap import keep_freed_memory
 from afd.rpc import ffn_pb2
 from afd.rpc.core import grpc
 from afd.transport.base import Hello, Link, Listener
@@ -52,12 +53,14 @@ _OPTIONS = [
 
 def listen(expected: Hello, bind: str) -> GrpcListener:
     """A server on `bind`, an address (any free port) or address:port. Raises TransportError when it cannot bind."""
+    keep_freed_memory()
     return GrpcListener(expected, bind)
 
 
 def dial(address: str, hello: Hello, timeout_s: float) -> Link:
     """Connects to host:port and shakes hands within `timeout_s` seconds. Raises PeerLost, PeerTimeout,
     HandshakeRefused."""
+    keep_freed_memory()
     link = _ClientLink(address, hello)
     try:
         link.shake_hands(timeout_s)

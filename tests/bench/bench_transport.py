@@ -4,7 +4,8 @@
 
 One process per transport echoes: each dispatch comes back as a combine of the same bytes. Kinds and sizes take turns
 inside every round, so that a noisy minute hits all of them; a figure is the median over rounds of the round's median.
-GB/s counts the bytes of both directions over the round trip. The memcpy makes the two copies that shared memory cannot
+GB/s counts the bytes of both directions over the round trip; with four microbatches in flight, as workers have them,
+the bytes of all round trips over their time. The memcpy makes the two copies that shared memory cannot
 avoid, in one thread; the bare sockets and gRPC stream send and receive the same bytes with nothing around them. With
 "threads" the bare stream is used as a worker must, which waits for many links at once and answers when it has
 computed: messages go through queues to and from a thread that is not gRPC's. That is the floor for the grpc transport.
@@ -55,12 +56,13 @@ HELLO = Hello(
     num_experts=0,
     top_k=0,
     max_tokens=max(SIZES) // (4 * HIDDEN),
-    microbatches=1,
+    microbatches=4,
 )
 
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 
 RoundTrip = Callable[[int], None]
+Frames = Callable[[int, int], None]  # bytes of a frame, how many go there and back
 
 
 def main() -> None:
@@ -78,16 +80,23 @@ def main() -> None:
         os.sched_setaffinity(0, {cores[0]})
     with ExitStack() as stack:
         trips: dict[str, RoundTrip] = {"memcpy": copies()}
+        streams: dict[str, Frames] = {}
         pids: dict[str, int] = {}
         for kind in flags.kinds:
-            trips[kind], pids[kind] = stack.enter_context(transport(kind, flags.spin_us, cores))
+            trips[kind], streams[kind], pids[kind] = stack.enter_context(transport(kind, flags.spin_us, cores))
         for name in ("unix socket", "tcp socket"):
             trips[name] = stack.enter_context(bare_socket(name, cores))
         trips["bare gRPC"] = stack.enter_context(bare_grpc(cores))
         trips["bare gRPC, threads"] = stack.enter_context(threaded_grpc(cores))
         medians = measure(trips, flags.sizes, flags.rounds)
+        rates = {
+            kind: {size: rate(stream, size, flags.rounds) for size in flags.sizes} for kind, stream in streams.items()
+        }
         idle = {kind: cpu_share(pid, flags.idle_s) for kind, pid in pids.items()}
     print_table(medians, flags.sizes)
+    print("\nGB/s with four microbatches in flight:")
+    for kind, row in rates.items():
+        print(f"{kind}: " + ", ".join(f"{named(size)} {per_s / 1e9:.2f}" for size, per_s in row.items()))
     print("\nCPU time of an idle FFN worker: " + ", ".join(f"{k} {100 * v:.2f} %" for k, v in idle.items()))
     result = {
         "bench": "transport",
@@ -95,6 +104,9 @@ def main() -> None:
         "pinned": bool(cores),
         "rounds": flags.rounds,
         "idle_cpu": idle,
+        "in_flight_gb_per_s": {
+            kind: {str(s): round(r / 1e9, 3) for s, r in row.items()} for kind, row in rates.items()
+        },
         "round_trip_us": {kind: {str(s): round(1e6 * t, 1) for s, t in row.items()} for kind, row in medians.items()},
     }
     print(json.dumps(result))
@@ -121,13 +133,27 @@ def one_round(trip: RoundTrip, size: int) -> float:
     return statistics.median(times)
 
 
+def rate(stream: Frames, size: int, rounds: int) -> float:
+    """Bytes a second, both ways together; the median of `rounds`."""
+    frames = max(8, min(400, 200 * MIB // size))
+    found = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        stream(size, frames)
+        found.append(2 * size * frames / (time.perf_counter() - start))
+    return statistics.median(found)
+
+
 def print_table(medians: dict[str, dict[int, float]], sizes: list[int]) -> None:
     print("| bytes each way | " + " | ".join(medians) + " |")
     print("|---|" + "---|" * len(medians))
     for size in sizes:
-        name = f"{size // KIB} KiB" if size < MIB else f"{size // MIB} MiB"
         cells = [f"{1e6 * row[size]:,.0f} µs, {2 * size / row[size] / 1e9:.2f} GB/s" for row in medians.values()]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {named(size)} | " + " | ".join(cells) + " |")
+
+
+def named(size: int) -> str:
+    return f"{size // KIB} KiB" if size < MIB else f"{size // MIB} MiB"
 
 
 def cpu_share(pid: int, seconds: float) -> float:
@@ -163,22 +189,38 @@ def copies() -> RoundTrip:
 
 
 @contextmanager
-def transport(kind: str, spin_us: int, cores: list[int] | None) -> Iterator[tuple[RoundTrip, int]]:
+def transport(kind: str, spin_us: int, cores: list[int] | None) -> Iterator[tuple[RoundTrip, Frames, int]]:
     with echo_process(_echo_frames, kind, spin_us, cores) as (address, pid):
         assert isinstance(address, FfnAddress)
         port = connect(kind, [address], HELLO, connect_s=30.0, deadline_s=30.0, spin_us=spin_us)
         tensors = {size: payload(size) for size in SIZES}
         step = 0
 
-        def trip(size: int) -> None:
+        def send(microbatch: int, size: int) -> None:
             nonlocal step
-            port.dispatch(0, step, 0, tensors[size], None, None)
+            port.dispatch(microbatch, step, 0, tensors[size], None, None)
             step += 1
-            while port.collect(30.0) is None:
+
+        def answered() -> int:
+            """The microbatch whose answer is here."""
+            while (frame := port.collect(30.0)) is None:
                 pass
+            return frame.microbatch
+
+        def trip(size: int) -> None:
+            send(0, size)
+            answered()
+
+        def stream(size: int, frames: int) -> None:
+            for microbatch in range(HELLO.microbatches):
+                send(microbatch, size)
+            for _ in range(frames - HELLO.microbatches):
+                send(answered(), size)
+            for _ in range(HELLO.microbatches):
+                answered()
 
         try:
-            yield trip, pid
+            yield trip, stream, pid
         finally:
             port.close()
 
