@@ -1,6 +1,6 @@
 """How the C library's allocator treats freed memory, for a process whose buffers come and go by the megabyte.
 
-glibc gives a freed piece of 128 KiB or more back to the kernel at once, and trims what lies free at the end of a heap.
+glibc gives large freed pieces back to the kernel, and trims what lies free at the end of a heap.
 The next message or activation of that size then takes a page fault, and a zeroed page, for every 4 KiB it touches: over
 gRPC that is more than half of a megabyte's way (tests/bench/RESULTS.md).
 """
