@@ -23,6 +23,7 @@ from router.http.front_door import FrontDoor
 from router.http.page import Page
 from router.http.protocol import limited
 from router.settings import RouterSettings
+from router.telemetry.bubbles import Bubbles
 from router.telemetry.debug import Debug, Timelines, nobody
 from router.telemetry.live import Live
 
@@ -43,13 +44,17 @@ def create_app(settings: RouterSettings, watch: Callable[[], ClusterView], timel
     their packages.
     """
     gateway = Gateway(settings, watch)
+    bubbles = Bubbles(timelines)
+    gateway.show(bubbles)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await gateway.pool.start()
+        looking = asyncio.create_task(bubbles.run())
         try:
             yield
         finally:
+            looking.cancel()
             await gateway.pool.close()
             await gateway.close()
 

@@ -12,6 +12,7 @@ from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 
 import orjson
+from prometheus_client.registry import Collector
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -137,6 +138,10 @@ class Gateway:
     def refused(self, status: int) -> None:
         """Every answer that is an error, once. Where a request could not be read as HTTP, there is no exchange."""
         self._metrics.http_errors.labels(str(status)).inc()
+
+    def show(self, more: Collector) -> None:
+        """Adds to what `metrics` answers."""
+        self._metrics.add(more)
 
     async def metrics(self) -> Response:
         await self.pool.refresh()

@@ -100,6 +100,10 @@ class Metrics:
             registry=registry,
         )
 
+    def add(self, more: Collector) -> None:
+        """Others' counts, which `render` asks for each time."""
+        self._registry.register(more)
+
     def finished(self, reason: str, seconds: float) -> None:
         """A request ended `seconds` after it came."""
         self._success.labels(reason).inc()
