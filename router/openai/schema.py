@@ -25,6 +25,11 @@ MAX_CHOICES = 1024  # prompts times n
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_BAD_WORDS = 256
+_TIMEOUT = (
+    "Seconds from when the request is sent to a worker, the wait in its queue included, to the end of the answer; then "
+    "it ends with 504, or a stream with an error. Also the header X-Request-Timeout, where this is not given. The "
+    "server's router.request_timeout_s is the most."
+)
 
 IGNORED = frozenset(
     {
@@ -170,7 +175,7 @@ class _Generation(_Body, Structured):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     # How the request is served (router.terms).
-    timeout: float | None = Field(None, gt=0)  # seconds
+    timeout: float | None = Field(None, gt=0, description=_TIMEOUT)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     user: str | None = None
     prompt_cache_key: str | None = None
