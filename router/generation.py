@@ -104,6 +104,7 @@ class Generation(Response):
                 answer.calls += delta.calls
                 answer.tokens += delta.tokens
                 answer.offsets += delta.offsets
+                answer.prompt += delta.prompt
                 answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
         for answer, pieces, thoughts in zip(answers, texts, reasonings, strict=True):
             answer.text, answer.reasoning = "".join(pieces), "".join(thoughts)

@@ -197,6 +197,11 @@ class _Generation(_Body, Structured):
         return self.num_logprobs
 
     @property
+    def prompt_logprobs(self) -> bool:
+        """Whether the prompt's tokens are to have logprobs too."""
+        return False
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
@@ -248,6 +253,10 @@ class CompletionRequest(_Generation):
     @property
     def worker_logprobs(self) -> int | None:
         return 0 if self.logprobs is None and (self.best_of or 1) > (self.n or 1) else self.logprobs
+
+    @property
+    def prompt_logprobs(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
 
 
 Request = ChatRequest | CompletionRequest
@@ -333,12 +342,6 @@ def _check_completion(request: CompletionRequest) -> None:
         raise RequestError(f"best_of is {best_of}, but must be at least n, which is {n}", param="best_of")
     if best_of is not None and best_of > n and request.stream:
         raise RequestError("best_of above n is only for requests that are not streamed", param="best_of")
-    if request.echo and request.logprobs is not None:
-        raise RequestError(
-            "echo with logprobs is not supported by this server: it has no logprobs of prompts; leave one of them out",
-            param="echo",
-            code="unsupported_parameter",
-        )
 
 
 def _explain(error: ValidationError) -> RequestError:
