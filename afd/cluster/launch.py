@@ -151,6 +151,7 @@ class _Quit:
 
 @contextmanager
 def signals() -> Iterator[_Quit]:
+    """SIGINT and SIGTERM are counted while the block lasts. Main thread only."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quitting = _Quit()
     quitting.listen()
@@ -203,6 +204,7 @@ def run_server(server: Any, drain_s: float, quitting: _Quit) -> None:
 
 
 def router_settings(router: Any, deployment: Deployment, files: library.ModelFiles, spec: ModelSpec) -> Any:
+    """The `RouterSettings` of the module `router`. Raises CheckpointError, ConfigError."""
     if files.tokenizer_json is None:
         raise CheckpointError(f"{files.path} has no tokenizer.json, which the router needs to read prompts")
     wanted = deployment.attention.max_context
@@ -251,6 +253,7 @@ def _fingerprint(deployment: Deployment, spec: ModelSpec) -> str:
 
 
 def announce(deployment: Deployment, model: str, url: str) -> None:
+    """Prints where the model is served, and what to try."""
     question = '"messages": [{"role": "user", "content": "What is the capital of France?"}]'
     body = f'{{"model": "{model}", "temperature": 0, {question}}}'
     print(f"{model} ({deployment.topology}) is served at {url}/v1 ; Ctrl-C ends it. Try:")
