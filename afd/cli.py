@@ -1,4 +1,4 @@
-"""The command line: `afd serve`, `chat`, `status`, `top`, `trace`, `bench` and `model`.
+"""The command line: `afd serve`, `router`, `chat`, `status`, `top`, `trace`, `bench` and `model`.
 
 Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
 """
@@ -77,6 +77,21 @@ def serve(
         "router.reasoning_parser": reasoning_parser,
     }
     launch.serve(config.load(deployment).with_flags(flags))
+
+
+@app.command()
+def router(
+    deployment: Annotated[Path | None, typer.Argument(help="As for serve; its router section counts.")] = None,
+    host: Annotated[Text, typer.Option(help="Address the router listens on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port the router listens on; 0 picks one.")] = None,
+    epoch: Annotated[int | None, typer.Option(help="Which run, where RAY_ADDRESS has several (afd status).")] = None,
+) -> None:
+    """Serves a further router in front of the workers of `afd serve` on the same Ray cluster, until Ctrl-C."""
+    from afd import env
+    from afd.cluster import replica
+
+    env.read()
+    replica.serve(deployment, {"router.host": host, "router.port": port}, epoch)
 
 
 @app.command()

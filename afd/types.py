@@ -78,6 +78,7 @@ class SamplingParams:
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs at all
+    prompt_logprobs: bool = False  # those of the prompt's tokens too; only with `logprobs`
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token_id, what is added to its logit), by token_id
     allowed_token_ids: tuple[int, ...] = ()  # no others; (): all
     bad_words: tuple[tuple[int, ...], ...] = ()  # runs of generated tokens that are never completed
@@ -131,6 +132,7 @@ class GenerateOutput:
     cached_tokens: int = 0  # of the prompt, found computed already; said with the first token
     refused: Refusal = ""  # with finish_reason "error"
     queue_s: float | None = None  # with the first token: seconds from the worker's taking it to its first step
+    prompt: tuple[SampledToken, ...] = ()  # with the first token, for `prompt_logprobs`; its own first has no logprob
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,13 +119,20 @@ class Microbatch:
             delta = yield Dispatch(self.steps, layer, out.y, out.routing)
             assert delta is not None, "a microbatch was resumed without its answer"
             hidden = out.residual + delta
-        rows, end = [], 0
+        rows, sampled, begin = list[int](), list[int](), 0
+        scored: list[tuple[Sequence, slice]] = []
         for chunk in batch.chunks:
-            end += chunk.count
+            if scores := chunk.scores:
+                scored.append((chunk.sequence, slice(len(rows), len(rows) + len(scores))))
+                rows += [begin + position - chunk.start for position in scores]
+            begin += chunk.count
             if chunk.samples:
-                rows.append(end - 1)
+                sampled.append(len(rows))
+                rows.append(begin - 1)
         logits = yield from self._head(hidden[rows])
-        return logits, [c.sequence for c in batch.chunks if c.samples]
+        for sequence, part in scored:
+            self.sampler.score(logits[part], sequence)
+        return logits[sampled] if scored else logits, [c.sequence for c in batch.chunks if c.samples]
 
     def _head(self, hidden: Tensor) -> Generator[Pause, Tensor | None, Tensor]:
         """hidden [rows, hidden] -> logits [rows, vocab], with pauses."""

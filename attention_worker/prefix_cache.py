@@ -27,7 +27,7 @@ class PrefixCache:
 
     def find(self, sequence: Sequence) -> list[int] | None:
         """The blocks that a waiting `sequence` can share now; None: it should wait for more."""
-        if not self.enabled:
+        if not self.enabled or not sequence.is_scored:  # who wants its prompt's logprobs has to compute the prompt
             return []
         self._name(sequence)
         names = sequence.block_names[: (len(sequence.token_ids) - 1) // self._blocks.block_size]

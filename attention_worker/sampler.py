@@ -49,6 +49,14 @@ class Sampler:
             for row, (token_id, want) in enumerate(zip(chosen, wants, strict=True))
         ]
 
+    def score(self, logits: Tensor, sequence: Sequence) -> None:
+        """Takes the logits [rows, vocab] float32 that the prompt's next unscored tokens came from."""
+        raw = torch.log_softmax(logits, dim=-1)
+        want = sequence.request.sampling.logprobs
+        first = len(sequence.scored)
+        for row, token_id in zip(raw, sequence.token_ids[first : first + len(raw)], strict=True):
+            sequence.scored.append(_with_logprobs(row, token_id, want))
+
     def _penalise(self, row: Tensor, sequence: Sequence) -> None:
         """Changes one row [vocab] in place; touches nothing when the request asks for no penalty."""
         sampling = sequence.request.sampling

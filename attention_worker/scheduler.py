@@ -35,6 +35,15 @@ class Chunk:
     def samples(self) -> bool:
         return self.start + self.count == len(self.sequence.token_ids)
 
+    @property
+    def scores(self) -> range:
+        """The positions in it whose logits score the token behind them: one of the prompt's, if that is asked for. What
+        has a logprob already is not scored again, when it is computed again."""
+        if self.sequence.is_scored:
+            return range(0)
+        scored, prompt = len(self.sequence.scored), len(self.sequence.request.prompt_token_ids)
+        return range(max(self.start, scored - 1), min(self.start + self.count, prompt - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:

@@ -37,11 +37,14 @@ class Sequence:
     order: int = 0  # admission order given by the scheduler; lower is older
     arrived_s: float = field(default_factory=time.monotonic)
     scheduled_s: float | None = None
+    scored: list[SampledToken] = field(default_factory=list)  # the prompt's, as far as their logprobs are known
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
         seed = self.request.sampling.seed
         self.seed = seed if seed is not None else int.from_bytes(os.urandom(8), "little")
+        if self.request.sampling.prompt_logprobs:
+            self.scored += [SampledToken(token_id) for token_id in self.token_ids[:1]]  # nothing comes before it
 
     @property
     def key(self) -> tuple[int, str]:
@@ -58,6 +61,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def is_scored(self) -> bool:
+        """Whether no token of the prompt is without a logprob that it should have."""
+        return not self.scored or len(self.scored) >= len(self.request.prompt_token_ids)
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_token_ids)
 
@@ -67,7 +75,13 @@ class Sequence:
         reason, stop_token_id = self._finish(token.token_id, eos_token_ids)
         cached = (self.num_cached or 0) if self.num_generated == 1 else 0
         return GenerateOutput(
-            self.request.request_id, (token,), reason, stop_token_id, cached_tokens=cached, queue_s=self._queue_s()
+            self.request.request_id,
+            (token,),
+            reason,
+            stop_token_id,
+            cached_tokens=cached,
+            queue_s=self._queue_s(),
+            prompt=tuple(self.scored) if self.num_generated == 1 else (),
         )
 
     def end(

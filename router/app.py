@@ -23,6 +23,7 @@ from router.http.front_door import FrontDoor
 from router.http.page import Page
 from router.http.protocol import limited
 from router.settings import RouterSettings
+from router.telemetry.bubbles import Bubbles
 from router.telemetry.debug import Debug, Timelines, nobody
 from router.telemetry.live import Live
 
@@ -43,13 +44,17 @@ def create_app(settings: RouterSettings, watch: Callable[[], ClusterView], timel
     their packages.
     """
     gateway = Gateway(settings, watch)
+    bubbles = Bubbles(timelines)
+    gateway.show(bubbles)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await gateway.pool.start()
+        looking = asyncio.create_task(bubbles.run())
         try:
             yield
         finally:
+            looking.cancel()
             await gateway.pool.close()
             await gateway.close()
 
@@ -89,7 +94,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _left(_request: Request, _error: Exception) -> Response:
     """The client hung up while sending; nobody reads this."""
-    return Response(status_code=400)
+    return Response(status_code=499)  # nginx's word for it
 
 
 async def _failed(_request: Request, error: Exception) -> Response:
@@ -194,10 +199,10 @@ class Server:
         self._loop = asyncio.get_running_loop()
         if self._stop_wanted:
             return
-        url = self.url
+        url, gateway = self.url, self._app.state.gateway
         config = uvicorn.Config(
             self._door,
-            http=limited(self._settings.max_header_bytes, self._settings.max_headers),
+            http=limited(self._settings.max_header_bytes, self._settings.max_headers, gateway.refused),
             log_config=None,
             access_log=False,
             ws="none",
@@ -213,7 +218,7 @@ class Server:
             if not serving.done():
                 self._on_ready(url)
                 await asyncio.wait({serving, waits[1]}, return_when=asyncio.FIRST_COMPLETED)
-                await self._app.state.gateway.drain()
+                await gateway.drain()
         finally:
             server.should_exit = True
             for wait in waits:

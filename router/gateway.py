@@ -12,6 +12,7 @@ from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 
 import orjson
+from prometheus_client.registry import Collector
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -125,15 +126,22 @@ class Gateway:
         try:
             return _json(await answer(await self._body(request)))
         except AfdError as error:
-            self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
             return errors.response(error)
 
     def ended(self, ended: Exchange) -> None:
         """Every request, once it is over."""
-        if ended.status == HTTPStatus.UNAUTHORIZED:
-            self._metrics.http_errors.labels(str(ended.status)).inc()
+        if ended.status >= HTTPStatus.BAD_REQUEST:
+            self.refused(ended.status)
         if self._spans is not None and ended.answer_id:
             self._spans.record(ended)
+
+    def refused(self, status: int) -> None:
+        """Every answer that is an error, once. Where a request could not be read as HTTP, there is no exchange."""
+        self._metrics.http_errors.labels(str(status)).inc()
+
+    def show(self, more: Collector) -> None:
+        """Adds to what `metrics` answers."""
+        self._metrics.add(more)
 
     async def metrics(self) -> Response:
         await self.pool.refresh()
@@ -180,7 +188,6 @@ class Gateway:
         except Exception as error:
             if not isinstance(error, AfdError):
                 log.exception("%s failed", job_id)
-            self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
             ours.error = type(error).__name__
             return errors.response(error)
 

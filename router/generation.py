@@ -60,9 +60,9 @@ class Generation(Response):
                 log.info("%s: %s", self._job.job_id, error)
             else:
                 log.exception("%s failed", self._job.job_id)
-            self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
             self._exchange.error = type(error).__name__
-            if self._started:
+            if self._started:  # with status 200, so that nobody else sees an error in it
+                self._metrics.http_errors.labels(str(errors.status_of(error))).inc()
                 await self._send(send, event(errors.body(error)), more=False)
             else:
                 await errors.response(error)(scope, receive, send)
@@ -104,6 +104,7 @@ class Generation(Response):
                 answer.calls += delta.calls
                 answer.tokens += delta.tokens
                 answer.offsets += delta.offsets
+                answer.prompt += delta.prompt
                 answer.finish_reason, answer.stop_reason = delta.finish_reason, delta.stop_reason
         for answer, pieces, thoughts in zip(answers, texts, reasonings, strict=True):
             answer.text, answer.reasoning = "".join(pieces), "".join(thoughts)

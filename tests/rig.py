@@ -45,6 +45,7 @@ class Result:
 
     tokens: list[SampledToken] = field(default_factory=list)
     cached_tokens: int = 0
+    prompt: tuple[SampledToken, ...] = ()
     finish: GenerateOutput | None = None
     started: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -176,6 +177,7 @@ def split(
             result = results[output.request_id]
             result.tokens.extend(output.tokens)
             result.cached_tokens += output.cached_tokens
+            result.prompt += output.prompt
             if output.tokens:
                 result.started.set()
             if output.finish_reason:

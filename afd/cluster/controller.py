@@ -101,6 +101,10 @@ class Controller:
         views = tuple(replace(w.view, pid=w.handle.pid, node=w.handle.node) for w in workers)
         return ClusterView(self._epoch, self._deployment.model, self._deployment.topology, views)
 
+    def deployment(self) -> Deployment:
+        """What this run was started with."""
+        return self._deployment
+
     def timelines(self, seconds: float, max_events: int) -> Timelines:
         """See Cluster."""
         return collect([w.handle for w in tuple(self._workers.values()) if w.started], seconds, max_events)

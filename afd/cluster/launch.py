@@ -54,22 +54,22 @@ def serve(deployment: Deployment, roles: Roles = Roles()) -> None:  # noqa: B008
     spec = specs.from_config(files.config)
     ffn_shards(deployment.counts.ffn, deployment.ffn.sharding, spec.num_experts, deployment.ffn.tp)
     router = load(roles.router)
-    settings = _router_settings(router, deployment, files, spec)
+    settings = router_settings(router, deployment, files, spec)
     started = time.monotonic()
     with (
         closing(router.bind(deployment.router.host, deployment.router.port)) as door,
-        _signals() as quitting,
+        signals() as quitting,
     ):
         watched = _Watched(ClusterView(0, deployment.model, deployment.topology))
-        announce = partial(_announce, deployment, files.name)
-        server = router.Server(settings, watched.view, door, timelines=watched.timelines, on_ready=announce)
+        on_ready = partial(announce, deployment, files.name)
+        server = router.Server(settings, watched.view, door, timelines=watched.timelines, on_ready=on_ready)
         with open_cluster(deployment, roles) as cluster:
             watched.cluster = cluster
             quitting.listen()  # again: Ray has put its own handler in the way
             if not _until_ready(cluster, quitting, console):
                 return
             console.print(f"workers ready in {time.monotonic() - started:.1f} s")
-            _run(server, settings.drain_s, quitting)
+            run_server(server, settings.drain_s, quitting)
 
 
 def open_cluster(deployment: Deployment, roles: Roles = Roles()) -> AbstractContextManager[Cluster]:  # noqa: B008
@@ -78,13 +78,18 @@ def open_cluster(deployment: Deployment, roles: Roles = Roles()) -> AbstractCont
     The inproc transport means threads of this process, whatever the backend. Raises ClusterError without Ray.
     """
     backend = "local" if deployment.transport.kind == "inproc" else deployment.cluster.backend
+    cluster: AbstractContextManager[Cluster] = optional_ray(BACKENDS[backend])(deployment, roles)
+    return cluster
+
+
+def optional_ray(path: str) -> Any:
+    """What roles.load gives. Raises ClusterError where it takes Ray and there is none."""
     try:
-        cluster: AbstractContextManager[Cluster] = load(BACKENDS[backend])(deployment, roles)
+        return load(path)
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "ray":
             raise
         raise ClusterError("Ray is not installed: pip install 'afd[ray]', or set cluster.backend to local") from error
-    return cluster
 
 
 def prepared(name: str, console: Console) -> library.ModelFiles:
@@ -145,7 +150,8 @@ class _Quit:
 
 
 @contextmanager
-def _signals() -> Iterator[_Quit]:
+def signals() -> Iterator[_Quit]:
+    """SIGINT and SIGTERM are counted while the block lasts. Main thread only."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     quitting = _Quit()
     quitting.listen()
@@ -171,7 +177,7 @@ def _progress(view: ClusterView) -> str:
     return f"starting {view.topology} of {view.model}: {ready} of {len(view.workers)} workers ready"
 
 
-def _run(server: Any, drain_s: float, quitting: _Quit) -> None:
+def run_server(server: Any, drain_s: float, quitting: _Quit) -> None:
     """Runs the router until a signal, then lets it drain; a second signal, or a router that does not come to an end,
     cuts that short. The router has a thread of its own so that nothing in it can keep the workers alive."""
     ended: Future[None] = Future()
@@ -197,7 +203,8 @@ def _run(server: Any, drain_s: float, quitting: _Quit) -> None:
         log.warning("the router was cut off before it had drained")
 
 
-def _router_settings(router: Any, deployment: Deployment, files: library.ModelFiles, spec: ModelSpec) -> Any:
+def router_settings(router: Any, deployment: Deployment, files: library.ModelFiles, spec: ModelSpec) -> Any:
+    """The `RouterSettings` of the module `router`. Raises CheckpointError, ConfigError."""
     if files.tokenizer_json is None:
         raise CheckpointError(f"{files.path} has no tokenizer.json, which the router needs to read prompts")
     wanted = deployment.attention.max_context
@@ -245,7 +252,8 @@ def _fingerprint(deployment: Deployment, spec: ModelSpec) -> str:
     return "fp_" + sha256("|".join(map(str, parts)).encode()).hexdigest()[:12]
 
 
-def _announce(deployment: Deployment, model: str, url: str) -> None:
+def announce(deployment: Deployment, model: str, url: str) -> None:
+    """Prints where the model is served, and what to try."""
     question = '"messages": [{"role": "user", "content": "What is the capital of France?"}]'
     body = f'{{"model": "{model}", "temperature": 0, {question}}}'
     print(f"{model} ({deployment.topology}) is served at {url}/v1 ; Ctrl-C ends it. Try:")

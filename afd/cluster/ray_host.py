@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 
 _RAY_ERRORS = (RayError, ConnectionError, RuntimeError, OSError, ValueError)  # of ray.init
 
+CONTROLLER = "afd-controller-"  # and the epoch: what a run's controller is called in Ray
 CALLS_AT_ONCE = 8  # start or stop may take long; status must get through meanwhile
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; calls here are a few hundred bytes
 END_S = 3.0  # for a killed actor to be gone
@@ -126,7 +127,10 @@ class RayHandle(Handle):
 class RayHost(Host):
     """Starts workers as actors. Holds nothing, so that it can be sent to the controller's own actor."""
 
-    def spawn(self, name: str, role: str, args: tuple[object, ...], resources: Resources) -> RayHandle:
+    def spawn(
+        self, name: str, role: str, args: tuple[object, ...], resources: Resources, known_as: str | None = None
+    ) -> RayHandle:
+        """`known_as` is a name in Ray, by which other processes find the actor."""
         actor = ray.remote(RayServant).options(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
@@ -134,6 +138,7 @@ class RayHost(Host):
             resources=resources.custom,
             max_concurrency=CALLS_AT_ONCE,
             max_restarts=0,
+            name=known_as,
         )
         return RayHandle(name, actor.remote(name, role, args))
 
@@ -152,27 +157,18 @@ class RayController(Controller):
         self.begin()
 
 
-class RayCluster:
-    """The driver's end of the controller actor (afd.cluster.controller.Cluster). A thread of its own keeps the view
-    fresh, so that a controller that is slow to answer holds nobody up."""
+class RayRun:
+    """A run, as who holds its controller actor sees it. A thread of its own keeps the view fresh, so that a controller
+    that is slow to answer holds nobody up."""
 
-    def __init__(self, deployment: Deployment, roles: Roles) -> None:
-        epoch = new_epoch()
-        path = f"{RayController.__module__}:{RayController.__name__}"
-        nothing = Resources(num_cpus=0)
-        self._controller = RayHost().spawn("controller", path, (deployment, roles, epoch), nothing)
-        self._view = ClusterView(epoch, deployment.model, deployment.topology)
+    def __init__(self, controller: RayHandle, view: ClusterView) -> None:
+        """`view` is what is known until the controller has said more."""
+        self._controller = controller
+        self._view = view
         self._asking = threading.Lock()  # so that no older view is stored over a newer one
         self._ended = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watches the controller", daemon=True)
         self._watcher.start()
-
-    def wait_ready(self, timeout_s: float) -> bool:
-        """See Cluster."""
-        ready: bool = self._controller.call("wait_ready", timeout_s, timeout_s=timeout_s + ASK_S)
-        if ready:
-            self._refresh()
-        return ready
 
     def view(self) -> ClusterView:
         """See Cluster: what the controller said last, at once. When it is gone, so are its actors: all are lost."""
@@ -183,16 +179,9 @@ class RayCluster:
         answer: Timelines = self._controller.call("timelines", seconds, max_events, timeout_s=ASK_S)
         return answer
 
-    def stop(self, drain_s: float) -> None:
-        """See Cluster."""
-        if self._ended.is_set():
-            return
-        try:
-            self._controller.call("stop", drain_s, timeout_s=drain_s + ASK_S)
-        except ClusterError as error:
-            log.warning("the controller did not stop the workers (%s); Ray ends them", error)
+    def leave(self) -> None:
+        """Looks no more; the run goes on."""
         self._ended.set()
-        self._controller.kill()
         self._watcher.join(ASK_S)
 
     def _refresh(self) -> None:
@@ -209,6 +198,37 @@ class RayCluster:
                 lost = tuple(replace(w, state="lost", message=str(error)) for w in self._view.workers)
                 self._view = replace(self._view, workers=lost)
                 return
+
+
+class RayCluster(RayRun):
+    """The run of who started it (afd.cluster.controller.Cluster). Its controller has a name in Ray, so that further
+    routers find it (afd.cluster.ray_join)."""
+
+    def __init__(self, deployment: Deployment, roles: Roles) -> None:
+        epoch = new_epoch()
+        path = f"{RayController.__module__}:{RayController.__name__}"
+        args, nothing = (deployment, roles, epoch), Resources(num_cpus=0)
+        controller = RayHost().spawn("controller", path, args, nothing, known_as=f"{CONTROLLER}{epoch}")
+        super().__init__(controller, ClusterView(epoch, deployment.model, deployment.topology))
+
+    def wait_ready(self, timeout_s: float) -> bool:
+        """See Cluster."""
+        ready: bool = self._controller.call("wait_ready", timeout_s, timeout_s=timeout_s + ASK_S)
+        if ready:
+            self._refresh()
+        return ready
+
+    def stop(self, drain_s: float) -> None:
+        """See Cluster."""
+        if self._ended.is_set():
+            return
+        try:
+            self._controller.call("stop", drain_s, timeout_s=drain_s + ASK_S)
+        except ClusterError as error:
+            log.warning("the controller did not stop the workers (%s); Ray ends them", error)
+        self._ended.set()
+        self._controller.kill()
+        self._watcher.join(ASK_S)
 
 
 @contextmanager
@@ -231,7 +251,7 @@ def session(deployment: Deployment) -> Iterator[None]:
     """Ray, initialised for this process: the cluster at RAY_ADDRESS, or one that lives as long as the block and is big
     enough for `deployment`. Raises ClusterError as `cluster` does."""
     address = os.environ.get("RAY_ADDRESS", "")
-    with _joined(address) if address else _own(deployment):
+    with joined(address) if address else _own(deployment):
         short = shortage(deployment, ray.cluster_resources())
         if short and not address:
             raise ClusterError(short)
@@ -241,7 +261,8 @@ def session(deployment: Deployment) -> Iterator[None]:
 
 
 @contextmanager
-def _joined(address: str) -> Iterator[None]:
+def joined(address: str) -> Iterator[None]:
+    """The Ray cluster at `address`, for this process. Raises ClusterError."""
     try:
         _join(address)
     except _RAY_ERRORS as error:

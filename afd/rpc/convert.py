@@ -79,6 +79,7 @@ def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
             ignore_eos=sampling.ignore_eos,
             stop_token_ids=sampling.stop_token_ids,
             logprobs=sampling.logprobs,
+            prompt_logprobs=sampling.prompt_logprobs,
             logit_bias=dict(sampling.logit_bias),
             allowed_token_ids=sampling.allowed_token_ids,
             bad_words=[pb.TokenIds(ids=ids) for ids in sampling.bad_words],
@@ -103,6 +104,7 @@ def request_from_proto(message: pb.Submit) -> GenerateRequest:
         ignore_eos=sampling.ignore_eos,
         stop_token_ids=tuple(sampling.stop_token_ids),
         logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        prompt_logprobs=sampling.prompt_logprobs,
         logit_bias=tuple(sorted(sampling.logit_bias.items())),
         allowed_token_ids=tuple(sampling.allowed_token_ids),
         bad_words=tuple(tuple(word.ids) for word in sampling.bad_words),
@@ -142,6 +144,12 @@ def check_sampling(params: SamplingParams) -> None:
     _demand(math.isfinite(params.frequency_penalty), "frequency_penalty", params.frequency_penalty, "be finite")
     _demand(math.isfinite(params.presence_penalty), "presence_penalty", params.presence_penalty, "be finite")
     _demand(params.logprobs is None or params.logprobs >= 0, "logprobs", params.logprobs, "be at least 0")
+    _demand(
+        not params.prompt_logprobs or params.logprobs is not None,
+        "prompt_logprobs",
+        params.prompt_logprobs,
+        "come with logprobs",
+    )
     for token_id, bias in params.logit_bias:
         _demand(math.isfinite(bias), f"logit_bias[{token_id}]", bias, "be finite")
     _demand(all(params.bad_words), "bad_words", params.bad_words, "hold no empty word")
@@ -156,14 +164,7 @@ def output_to_proto(output: GenerateOutput) -> pb.Output:
     """The message for what one step added to one request."""
     return pb.Output(
         request_id=output.request_id,
-        tokens=[
-            pb.Token(
-                token_id=token.token_id,
-                logprob=token.logprob,
-                top_logprobs=[pb.TopLogprob(token_id=i, logprob=value) for i, value in token.top_logprobs],
-            )
-            for token in output.tokens
-        ],
+        tokens=[_token_to_proto(token) for token in output.tokens],
         finish_reason=_FINISH_TO_PROTO[output.finish_reason],
         stop_token_id=output.stop_token_id,
         error=output.error,
@@ -171,6 +172,7 @@ def output_to_proto(output: GenerateOutput) -> pb.Output:
         cached_tokens=output.cached_tokens,
         refused=_REFUSAL_TO_PROTO[output.refused],
         queue_s=output.queue_s,
+        prompt=[_token_to_proto(token) for token in output.prompt],
     )
 
 
@@ -186,6 +188,15 @@ def output_from_proto(message: pb.Output) -> GenerateOutput:
         cached_tokens=message.cached_tokens,
         refused=_REFUSAL_FROM_PROTO[message.refused],
         queue_s=message.queue_s if message.HasField("queue_s") else None,
+        prompt=tuple([_token_from_proto(token) for token in message.prompt]),
+    )
+
+
+def _token_to_proto(token: SampledToken) -> pb.Token:
+    return pb.Token(
+        token_id=token.token_id,
+        logprob=token.logprob,
+        top_logprobs=[pb.TopLogprob(token_id=i, logprob=value) for i, value in token.top_logprobs],
     )
 
 

@@ -56,4 +56,5 @@ def _ordinary(output: GenerateOutput) -> bool:
         and not output.client_error
         and not output.cached_tokens
         and output.queue_s is None
+        and not output.prompt
     )

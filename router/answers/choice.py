@@ -31,6 +31,7 @@ class Delta:
     stop_reason: str | int | None = None
     reasoning: str = ""
     calls: list[CallDelta] = field(default_factory=list)
+    prompt: list[SampledToken] = field(default_factory=list)  # where its logprobs are asked for, with the first token
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Choice:
         return self._read(delta) if self._parser else delta
 
     def _accept(self, output: GenerateOutput) -> Delta:
-        delta = Delta(self.index)
+        delta = Delta(self.index, prompt=list(output.prompt))
         for token in output.tokens:
             delta.tokens.append(token)
             delta.offsets.append(self._num_chars)

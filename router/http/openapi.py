@@ -104,7 +104,9 @@ _REFUSALS = {
     "401": "The server wants an API key (Authorization: Bearer KEY).",
     "404": "There is no such model here.",
     "413": "The body is too long.",
+    "429": "Too many requests wait already; Retry-After says when to come again.",
     "503": "No worker can take the request now.",
+    "504": "The request's time ran out (timeout).",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -15,8 +16,9 @@ class _HeadTooLarge(Exception):
     """Stops the parser; it comes back to data_received as the parser's own error."""
 
 
-def limited(max_bytes: int, max_headers: int) -> type[HttpToolsProtocol]:
-    """The protocol with these limits, for uvicorn.Config(http=…). A head beyond them is answered with 431."""
+def limited(max_bytes: int, max_headers: int, on_refusal: Callable[[int], None]) -> type[HttpToolsProtocol]:
+    """The protocol with these limits, for uvicorn.Config(http=…). A head beyond them is answered with 431, and what is
+    not HTTP with 400; no application sees those, and `on_refusal` is told their status, on the server's event loop."""
 
     class LimitedProtocol(HttpToolsProtocol):
         _in_head = False
@@ -54,8 +56,10 @@ def limited(max_bytes: int, max_headers: int) -> type[HttpToolsProtocol]:
 
         def send_400_response(self, msg: str) -> None:
             if self._head_bytes <= max_bytes and self._pending_bytes <= max_bytes:
+                on_refusal(400)
                 super().send_400_response(msg)
                 return
+            on_refusal(431)
             sentence = (
                 f"the head of the request is longer than {max_bytes} bytes (router.max_header_kib) or has more than "
                 f"{max_headers} header lines (router.max_headers)"

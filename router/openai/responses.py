@@ -16,6 +16,7 @@ from afd.types import SampledToken
 from router.answers.choice import Delta
 from router.answers.tools.base import CallDelta
 from router.relay.job import Job
+from router.text.detokenizer import offsets
 from router.text.tokenizer import Tokenizer
 
 Json = dict[str, object]
@@ -286,15 +287,18 @@ class CompletionShape(Shape):
         return self._job.echoes[index // self._job.num_kept] if self._job.echoes else ""
 
     def _logprobs(self, delta: Delta) -> Json:
+        """With the echo's, where there is one: in a stream they come with the first token."""
+        echo, tokens = self._echo(delta.index), delta.prompt + delta.tokens
+        before = offsets(self._tokenizer, [t.token_id for t in delta.prompt], echo) if delta.prompt else []
         return {
-            "tokens": [self._token_text(token.token_id) for token in delta.tokens],
-            "token_logprobs": [_finite(token.logprob) for token in delta.tokens],
-            "top_logprobs": [self._top(token) for token in delta.tokens],
-            "text_offset": delta.offsets,
+            "tokens": [self._token_text(token.token_id) for token in tokens],
+            "token_logprobs": [_finite(token.logprob) for token in tokens],
+            "top_logprobs": [None if token.logprob is None else self._top(token) for token in tokens],
+            "text_offset": before + [len(echo) + offset for offset in delta.offsets],
         }
 
     def _top(self, token: SampledToken) -> Json:
-        """The best alternatives by text, and the sampled token, which may be one more."""
+        """The best alternatives by text, and the token itself, which may be one more."""
         top: Json = {self._token_text(i): _finite(value) for i, value in token.top_logprobs[: self._num_logprobs]}
         return top | {self._token_text(token.token_id): _finite(token.logprob)}
 

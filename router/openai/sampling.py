@@ -59,6 +59,7 @@ class SamplingDefaults:
             ignore_eos=bool(request.ignore_eos),
             stop_token_ids=tuple(request.stop_token_ids or ()),
             logprobs=request.worker_logprobs,
+            prompt_logprobs=request.prompt_logprobs,
             logit_bias=tuple(sorted((request.logit_bias or {}).items())),
             allowed_token_ids=tuple(request.allowed_token_ids or ()),
         )

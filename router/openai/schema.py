@@ -25,6 +25,11 @@ MAX_CHOICES = 1024  # prompts times n
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_BAD_WORDS = 256
+_TIMEOUT = (
+    "Seconds from when the request is sent to a worker, the wait in its queue included, to the end of the answer; then "
+    "it ends with 504, or a stream with an error. Also the header X-Request-Timeout, where this is not given. The "
+    "server's router.request_timeout_s is the most."
+)
 
 IGNORED = frozenset(
     {
@@ -170,7 +175,7 @@ class _Generation(_Body, Structured):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     # How the request is served (router.terms).
-    timeout: float | None = Field(None, gt=0)  # seconds
+    timeout: float | None = Field(None, gt=0, description=_TIMEOUT)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     user: str | None = None
     prompt_cache_key: str | None = None
@@ -190,6 +195,11 @@ class _Generation(_Body, Structured):
     def worker_logprobs(self) -> int | None:
         """The same, as the worker has to give them."""
         return self.num_logprobs
+
+    @property
+    def prompt_logprobs(self) -> bool:
+        """Whether the prompt's tokens are to have logprobs too."""
+        return False
 
     @property
     def include_usage(self) -> bool:
@@ -243,6 +253,10 @@ class CompletionRequest(_Generation):
     @property
     def worker_logprobs(self) -> int | None:
         return 0 if self.logprobs is None and (self.best_of or 1) > (self.n or 1) else self.logprobs
+
+    @property
+    def prompt_logprobs(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
 
 
 Request = ChatRequest | CompletionRequest
@@ -328,12 +342,6 @@ def _check_completion(request: CompletionRequest) -> None:
         raise RequestError(f"best_of is {best_of}, but must be at least n, which is {n}", param="best_of")
     if best_of is not None and best_of > n and request.stream:
         raise RequestError("best_of above n is only for requests that are not streamed", param="best_of")
-    if request.echo and request.logprobs is not None:
-        raise RequestError(
-            "echo with logprobs is not supported by this server: it has no logprobs of prompts; leave one of them out",
-            param="echo",
-            code="unsupported_parameter",
-        )
 
 
 def _explain(error: ValidationError) -> RequestError:

@@ -77,7 +77,10 @@ class Prefix(Policy):
     """The worker that has been sent the beginning of this prompt before, by blocks of `block_size` tokens, of which it
     remembers the `memory` last ones of each worker. By load where less than half of the prompt is known, among equals,
     and where the favourite is overloaded: it has more than OVERLOAD times the requests of the least loaded worker and
-    SLACK on top, or lacks the room that the other has."""
+    SLACK on top, or lacks the room that the other has.
+
+    So it may be SLACK requests ahead of a worker that has none, however long they are: it computes only what is new of
+    each, requests decoded together slow one another little, and what is too long for all of them is a lack of room."""
 
     OVERLOAD = 1.5
     SLACK = 32

@@ -73,7 +73,13 @@ class Metrics:
             "Requests sent to another worker because the first was lost, or refused, before their first token.",
             registry=registry,
         )
-        self.http_errors = Counter("afd_http_errors", "Error answers, by HTTP status.", ["status"], registry=registry)
+        self.http_errors = Counter(
+            "afd_http_errors",
+            "Error answers to any request, by HTTP status; of one that ends a stream, the status it would have had. "
+            "499: the client left while it was still sending.",
+            ["status"],
+            registry=registry,
+        )
         self._workers = WorkerMetrics()
         self._shares = RecentShares(usd_per_hour)
         registry.register(self._workers)
@@ -93,6 +99,10 @@ class Metrics:
             ["attention_rank"],
             registry=registry,
         )
+
+    def add(self, more: Collector) -> None:
+        """Others' counts, which `render` asks for each time."""
+        self._registry.register(more)
 
     def finished(self, reason: str, seconds: float) -> None:
         """A request ended `seconds` after it came."""

@@ -34,6 +34,21 @@ def detokenizer(tokenizer: Tokenizer, prompt_token_ids: Sequence[int], *, specia
     return kind(tokenizer, prompt_token_ids, special=special)
 
 
+def offsets(tokenizer: Tokenizer, token_ids: Sequence[int], text: str) -> list[int]:
+    """How many characters of `text`, which `token_ids` spell, come before each of them. Special tokens count as text if
+    `text` is what they spell with them."""
+    for special in (True, False):
+        decoder, length = detokenizer(tokenizer, (), special=special), 0
+        starts, pieces = list[int](), list[str]()
+        for token_id in token_ids:
+            starts.append(length)
+            pieces.append(decoder.push(token_id))
+            length += len(pieces[-1])
+        if "".join(pieces) + decoder.flush() == text:
+            break
+    return starts
+
+
 class ByteDetokenizer:
     """For a tokenizer that joins bytes (Tokenizer.joins_bytes)."""
 

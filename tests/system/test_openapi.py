@@ -45,11 +45,14 @@ def document(server: Serving) -> dict[str, Any]:
 
 
 def shortened(body: Any) -> Any:
-    """The same request with a short answer of few choices; what is not even an object goes as it is."""
+    """The same request with a short answer of few choices, and time for it, for without that 504 is the right answer;
+    what is not even an object goes as it is."""
     if not isinstance(body, dict):
         return body
     limits = {"max_tokens": 3, "max_completion_tokens": 3, "n": 2, "best_of": 2, "min_tokens": 3}
     few = {k: min(v, limits[k]) if k in limits and type(v) is int else v for k, v in body.items()}
+    if type(few.get("timeout")) in (int, float) and 0 < few["timeout"] < SECONDS:
+        few["timeout"] = SECONDS
     if "prompt" in few or "messages" in few:
         few.setdefault("max_tokens", 3)
     return few

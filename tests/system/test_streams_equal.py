@@ -68,7 +68,7 @@ def request(seed: int) -> tuple[str, Json]:
             body["ignore_eos"] = rng.random() < 0.5
     if rng.random() < 0.5:
         body |= {"logprobs": True, "top_logprobs": rng.randint(0, 3)} if kind == "chat" else {"logprobs": 2}
-    elif kind == "text":
+    if kind == "text":
         body["echo"] = rng.random() < 0.3
     return kind, body
 

@@ -123,3 +123,21 @@ def test_the_status_shows_what_ffn_workers_have_done(server: Serving) -> None:
     status = server.worker("ffn")["status"]
     assert status["failures"] == 0
     assert status["dispatches"] >= status["calls"] > 0
+
+
+def bubble_seconds(server: Serving) -> dict[str, dict[tuple[str, str], float]]:
+    """By role and rank: over all causes, and of how long the causes are known."""
+    sums: dict[str, dict[tuple[str, str], float]] = {"afd_bubble_seconds": {}, "afd_bubble_window_seconds": {}}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics", timeout=30.0).text):
+        for sample in family.samples if family.name in sums else ():
+            worker = (sample.labels["role"], sample.labels["rank"])
+            sums[family.name][worker] = sums[family.name].get(worker, 0.0) + sample.value
+    return sums
+
+
+def test_the_metrics_say_why_workers_waited_in_what_was_seen_of_them(server: Serving) -> None:
+    with load(server):
+        until(lambda: len(bubble_seconds(server)["afd_bubble_seconds"]) == 4)
+        found = bubble_seconds(server)
+    for worker, seen_s in found["afd_bubble_window_seconds"].items():
+        assert 0.0 < found["afd_bubble_seconds"][worker] <= seen_s * 1.001

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,11 @@ def test_a_bad_value_is_refused_with_the_choices() -> None:
         env.read({"AFD_LOG": "loud"})
     with pytest.raises(ConfigError, match="AFD_LOG_FORMAT is 'xml'; choose one of text, json"):
         env.read({"AFD_LOG_FORMAT": "xml"})
+
+
+def test_the_deployment_guide_lists_every_variable() -> None:
+    guide = (Path(__file__).parents[2] / "deploy" / "README.md").read_text()
+    listed = re.findall(r"^\| `(AFD_[A-Z_]+)` \| \S", guide, re.M)
+    assert listed == sorted(env.KNOWN)
+    for choices in (env.KERNELS, env.LOG_LEVELS, env.LOG_FORMATS):
+        assert all(f"`{choice}`" in guide for choice in choices)

@@ -4,7 +4,7 @@
 </steptml:parameter></steptml:invoke><｜tool_call_end｜><｜tool_calls_end｜>
 
 An argument whose schema says "string" is plain text, any other JSON. Forced calls have strings without "<", and keep of
-their schemas enum, const, minLength and maxLength.
+their schemas enum, const, minLength and maxLength; functions that cannot be called in this format are refused.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 
+from afd.errors import RequestError
 from router.answers.tools.base import CallDelta, CallGrammar, CallParser, Json, Parsed, ToolFormat, compact, quoted
 from router.answers.tools.fields import Function, Tool
 from router.text.tags import UpToTag
@@ -125,6 +126,7 @@ class Step3(ToolFormat):
     def grammar(self, functions: Sequence[Function], most: int, tag: Callable[[str], str]) -> CallGrammar:
         rules, grammars, params = [], dict[str, Json](), dict[str, str]()
         for i, function in enumerate(functions):
+            _check(function)
             schema, parts = function.schema_of_arguments, [quoted(f'<steptml:invoke name="{function.name}">')]
             required = schema.get("required")
             for j, (name, value) in enumerate(_properties(schema).items()):
@@ -160,6 +162,34 @@ class Step3(ToolFormat):
 def _properties(schema: Json) -> Mapping[str, object]:
     properties = schema.get("properties")
     return properties if isinstance(properties, dict) else {}
+
+
+def _check(function: Function) -> None:
+    """Raises RequestError for a function whose forced calls this format would garble."""
+    schema = function.schema_of_arguments
+    properties, required = _properties(schema), schema.get("required")
+    problems = [
+        *(
+            f'the parameter {name!r}, and a name in it cannot have " or <'
+            for name in properties
+            if set(name) & set('"<')
+        ),
+        *(
+            f"the parameter {name!r} whose schema has {_PARAMETER_END}, which ends every argument in it"
+            for name, value in properties.items()
+            if _PARAMETER_END in compact(value)
+        ),
+        *(
+            f"the required parameter {name!r}, which is not among its properties"
+            for name in (required if isinstance(required, list) else ())
+            if name not in properties
+        ),
+    ]
+    if problems:
+        raise RequestError(
+            f"tools: the function {function.name} cannot be forced in the format step3: it has {problems[0]}",
+            param="tools",
+        )
 
 
 def _is_text(schema: object) -> bool:

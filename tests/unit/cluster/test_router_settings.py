@@ -22,7 +22,7 @@ def settings(deployment: Deployment) -> RouterSettings:
         name="tiny", tokenizer_json=Path("tokenizer.json"), tokenizer_config={}, generation_config={}
     )
     router = SimpleNamespace(RouterSettings=RouterSettings)
-    made = launch._router_settings(router, deployment, files, specs.from_config(tiny.CONFIG))
+    made = launch.router_settings(router, deployment, files, specs.from_config(tiny.CONFIG))
     assert isinstance(made, RouterSettings)
     return made
 

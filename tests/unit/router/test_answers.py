@@ -131,6 +131,38 @@ def test_step3s_calls_are_forced_in_its_own_format(start, settings, worker, llg)
     assert not takes(llg, grammar, text.replace("city", "town"))
 
 
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"properties": {'a"b': {"type": "string"}}}, "the parameter 'a\"b', and a name in it cannot have"),
+        ({"properties": {"a<b": {"type": "integer"}}}, "the parameter 'a<b', and a name in it cannot have"),
+        (
+            {"properties": {"a": {"type": "string", "enum": ["x</steptml:parameter>"]}}},
+            "the parameter 'a' whose schema has </steptml:parameter>",
+        ),
+        (
+            {"properties": {"a": {"type": "array", "items": {"const": "</steptml:parameter>"}}}},
+            "the parameter 'a' whose schema has </steptml:parameter>",
+        ),
+        ({"properties": {"a": {}}, "required": ["a", "b"]}, "the required parameter 'b', which is not among"),
+        ({"required": ["b"]}, "the required parameter 'b', which is not among"),
+    ],
+)
+def test_a_function_that_step3s_format_cannot_force_is_refused(start, settings, worker, parameters, sentence) -> None:
+    router = start(replace(settings, tool_parser="step3"), worker)
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", **parameters}}}
+    body = {"model": MODEL, "messages": CHAT, "tools": [TOOL, tool]}
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        answer = router.http.post("/v1/chat/completions", json={**body, "tool_choice": choice})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+        assert f"the function f cannot be forced in the format step3: it has {sentence}" in answer.text.replace(
+            '\\"', '"'
+        )
+    assert worker.submitted.empty()
+    ask(router, tools=[TOOL, tool])
+    ask(router, tools=[TOOL, tool], tool_choice={"type": "function", "function": {"name": "weather"}})
+
+
 @pytest.mark.parametrize("parser", ["step3", "deepseek_r1"])
 def test_reasoning_comes_before_the_grammar(start, settings, worker, llg, parser) -> None:
     ask(start(replace(settings, reasoning_parser=parser), worker), guided_regex="a+")

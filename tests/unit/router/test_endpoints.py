@@ -73,6 +73,7 @@ def test_the_document_describes_every_route_its_body_and_its_errors(router):
         body = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         assert body == {"$ref": f"#/components/schemas/{name}"}
         assert schemas[name]["properties"]["model"]["enum"] == ["tiny"]
+        assert "from when the request is sent to a worker" in schemas[name]["properties"]["timeout"]["description"]
         assert "text/event-stream" in paths[path]["post"]["responses"]["200"]["content"]
     for operations in paths.values():
         for operation in operations.values():

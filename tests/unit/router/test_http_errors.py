@@ -125,7 +125,6 @@ def test_a_bad_field_is_named_by_both_endpoints(router, fields, param, word):
         ({"prompt": [-1]}, "prompt", "-1"),
         ({"logprobs": True}, "logprobs", "True"),
         ({"logprobs": 21}, "logprobs", "20"),
-        ({"echo": True, "logprobs": 0}, "echo", "logprobs"),
         ({"chat_template": "x"}, "chat_template", "not supported"),
         ({"tools": [{}]}, "tools", "not supported"),
         ({"suffix": "x"}, "suffix", "not supported"),

@@ -85,6 +85,39 @@ def test_echo_puts_the_prompt_before_each_answer(router, tokenizer, stream):
             assert "".join(c["text"] for c in choices if c["index"] == index) == PROMPT + SAID
 
 
+async def scored(request):
+    """A script: the prompt's logprobs with the first of two tokens, which are the prompt's last."""
+    one = [SampledToken(i, -0.25, ((i, -0.25), (3, -2.0))) for i in request.prompt_token_ids]
+    prompt = (SampledToken(one[0].token_id), *one[1:]) if request.sampling.prompt_logprobs else ()
+    yield GenerateOutput(request.request_id, (one[-1],), prompt=prompt)
+    yield GenerateOutput(request.request_id, (one[-1],), "length")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", [PROMPT, "é", "a\U0001f600b"])
+def test_echo_with_logprobs_gives_the_prompts_too(router, worker, tokenizer, stream, prompt):
+    worker.script = scored
+    answer = ask(router, prompt=prompt, echo=True, logprobs=2, max_tokens=2, stream=stream)
+    choices = [c for chunk in answer for c in chunk["choices"]] if stream else answer["choices"]
+    parts = [choice["logprobs"] for choice in choices if choice["logprobs"]]
+    found = {name: [value for part in parts for value in part[name]] for name in parts[0]}
+    text, wanted = "".join(choice["text"] for choice in choices), ids(tokenizer, prompt)
+    assert text.startswith(prompt)
+    assert found["token_logprobs"] == [None, *[-0.25] * (len(wanted) + 1)]
+    assert found["top_logprobs"][0] is None
+    assert all(len(top) in (1, 2) for top in found["top_logprobs"][1:])
+    spelled = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in [*wanted, wanted[-1], wanted[-1]]]
+    assert found["tokens"] == spelled
+    starts = found["text_offset"]
+    assert starts == sorted(starts)
+    assert starts[len(wanted)] == len(prompt)
+    if prompt == PROMPT:
+        assert starts == [len("".join(spelled[:i])) for i in range(len(spelled))]
+    ask(router, prompt=prompt, logprobs=2)
+    asked = [worker.submitted.get(timeout=5).sampling for _ in range(2)]
+    assert [sampling.prompt_logprobs for sampling in asked] == [True, False]
+
+
 @pytest.mark.parametrize(("wanted", "kept"), [(3, 3), (1000, None), (-1, None)])
 def test_a_prompt_is_cut_to_its_last_tokens(router, worker, tokenizer, wanted, kept):
     whole = ids(tokenizer, PROMPT)

@@ -71,6 +71,15 @@ def test_an_overloaded_favourite_loses_the_request():
     assert policy.choose(prompt, "", loads(most + 1, 4)) == 1
 
 
+def test_beside_an_idle_worker_a_favourite_keeps_up_to_its_slack_however_long_its_requests_are():
+    policy = Prefix(BLOCK)
+    prompt = request(*[7] * 9)
+    assert policy.choose(prompt, "", loads(0, 1)) == 0
+    long = [Load(0, Prefix.SLACK, 1_000_000, free_tokens=1), Load(1, 0, 0, free_tokens=1_000_000)]
+    assert policy.choose(prompt, "", long) == 0, "1 token is new"
+    assert policy.choose(prompt, "", loads(Prefix.SLACK + 1, 0)) == 1
+
+
 def test_a_favourite_without_room_loses_the_request_to_one_that_has_it():
     policy = Prefix(BLOCK)
     prompt = request(*[7] * 9)

@@ -41,10 +41,11 @@ sampling = st.integers(0, 100).flatmap(
         ignore_eos=st.booleans(),
         stop_token_ids=st.lists(ids, max_size=3).map(tuple),
         logprobs=st.none() | st.integers(0, 20),
+        prompt_logprobs=st.booleans(),
         logit_bias=st.dictionaries(ids, single, max_size=3).map(lambda biases: tuple(sorted(biases.items()))),
         allowed_token_ids=st.lists(ids, max_size=3).map(tuple),
         bad_words=st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple),
-    )
+    ).map(lambda made: replace(made, prompt_logprobs=made.prompt_logprobs and made.logprobs is not None))
 )
 requests = st.builds(
     GenerateRequest,
@@ -70,6 +71,7 @@ outputs = st.builds(
     ids,
     st.sampled_from(["", "full", "unavailable"]),
     st.none() | st.floats(0, 1000, width=32),
+    st.lists(tokens, max_size=3).map(tuple),
 )
 
 
@@ -107,6 +109,7 @@ def test_a_status_comes_out_of_its_message_as_it_went_in():
         ("frequency_penalty", float("nan")),
         ("presence_penalty", float("inf")),
         ("bad_words", ((),)),
+        ("prompt_logprobs", True),
     ],
 )
 def test_a_message_outside_the_ranges_is_refused_by_field(field, value):
