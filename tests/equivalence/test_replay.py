@@ -74,7 +74,8 @@ def ended(result: Result) -> tuple[object, object]:
 @pytest.mark.parametrize("feature", FEATURES)
 def test_cut_anywhere_the_other_worker_gives_the_rest_bit_for_bit(feature: str, tokenizer_json: Path) -> None:
     asked = FEATURES[feature]
-    with split(SPEC, weights_of(SPEC), "2A1F", compiled=True, tokenizer_json=tokenizer_json) as rig:
+    kernels = {"compiled": True, "block_size": 16, "tokenizer_json": tokenizer_json}
+    with split(SPEC, weights_of(SPEC), "2A1F", **kernels) as rig:  # type: ignore[arg-type]
         whole = finished(rig.submit("whole", PROMPT, asked.params, 0, asked.grammar))
         assert len(whole.tokens) >= 7, "too short to be cut"
         for cut, rest in rests(rig, asked, whole):
