@@ -24,10 +24,11 @@ from afd.config import Deployment
 from router.app import RouterSettings, Server, bind
 from router.relay import pool
 from router.relay.pool import Pool
+from router.telemetry.counts import Count
 from tests import tiny
 
 MODEL = "tiny"
-CUT_EVERY_S = 0.12
+CUT_EVERY = 120  # tokens, over all requests
 SECONDS = 60.0
 
 Json = dict[str, Any]
@@ -43,6 +44,11 @@ class Running:
     def pool(self) -> Pool:
         pool: Pool = self.server._app.state.gateway.pool
         return pool
+
+    @property
+    def generated_tokens(self) -> Count:
+        count: Count = self.server._app.state.gateway._metrics.generation_tokens
+        return count
 
     def in_loop(self, work: Callable[[], None]) -> None:
         assert self.server._loop is not None
@@ -84,16 +90,21 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @contextmanager
 def cutting(running: Running) -> Iterator[None]:
-    """One worker after the other loses the router's connection, and gets a new one soon."""
-    over, turns = threading.Event(), itertools.count()
+    """Now and then the next worker loses the router's connection, and gets a new one soon."""
+    over, turns, tokens = threading.Event(), itertools.count(), running.generated_tokens
+    next_cut = tokens.value + CUT_EVERY
 
     def cut() -> None:
+        nonlocal next_cut
+        if tokens.value < next_cut:
+            return
+        next_cut = tokens.value + CUT_EVERY
         members = [member for member in running.pool.members if member.client is not None and member.usable]
         if len(members) > 1 and (client := members[next(turns) % len(members)].client) is not None:
             client.fail("cut by the test")
 
     def go_on() -> None:
-        while not over.wait(CUT_EVERY_S):
+        while not over.wait(0.005):
             running.in_loop(cut)
 
     thread = threading.Thread(target=go_on)
@@ -126,12 +137,12 @@ KINDS: list[tuple[str, Json]] = [
 
 
 def requests() -> list[tuple[str, Json]]:
-    """Of every kind one that is streamed, unless it cannot be, and two that are not."""
+    """Of every kind one that is streamed, unless it cannot be, and one that is not."""
     made = []
-    for number, (path, fields) in enumerate(KINDS * 3):
+    for number, (path, fields) in enumerate(KINDS * 2):
         asked = " ".join(f"{random.Random(number).random()}" for _ in range(number % 7 + 1))
         prompt = {"messages": [{"role": "user", "content": asked}]} if "chat" in path else {"prompt": asked}
-        body = {"model": MODEL, "seed": number, "max_tokens": 120, "return_token_ids": True, **prompt, **fields}
+        body = {"model": MODEL, "seed": number, "max_tokens": 100, "return_token_ids": True, **prompt, **fields}
         if number < len(KINDS) and "best_of" not in fields:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         made.append((path, body))

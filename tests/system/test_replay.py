@@ -20,7 +20,7 @@ from tests.system.serving import Serving, serving, until
 
 MODEL = "tiny"
 STREAMS = 16
-TOKENS = 500
+TOKENS = 400
 BEGUN = 40  # tokens of each stream before the fault
 SILENCE_S = 2.0
 NOISE_S = 8.0  # what a busy machine may add to a pause
