@@ -154,4 +154,4 @@ def test_streams_outlive_a_frozen_worker_and_a_killed_one(server: Serving) -> No
     assert replays(server) > first
     print(f"killed: {replays(server) - first:g} replays, pause {max(stream.pause_s for stream in watched):.2f} s")
     assert max(stream.pause_s for stream in watched) < NOISE_S
-    until(lambda: server.blocks_used() == 0)
+    until(lambda: server.worker("attention", 0)["status"]["blocks_used"] == 0)
