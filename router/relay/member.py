@@ -10,6 +10,8 @@ from afd.rpc.convert import AttentionStatus
 from afd.types import WorkerView
 from router.relay.policy import Load
 
+SILENT_QUESTIONS = 2  # one alone may have gone unanswered because this process was frozen itself
+
 
 @dataclass(slots=True)
 class Member:
@@ -31,6 +33,11 @@ class Member:
         draining = self.status is not None and self.status.state == "draining"
         serves = self.worker.state == "ready" and not draining and not self.leaving
         return serves and self.client is not None and not self.client.lost
+
+    @property
+    def answers(self) -> bool:
+        """Whether it says how it is when asked. One that does not may only be busy, or about to be found lost."""
+        return self.unanswered < SILENT_QUESTIONS
 
     def load(self, client: AttentionClient) -> Load:
         """What the policy is told: this router's part as it is now, the rest as the worker told it last."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 from afd.errors import TransportError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
@@ -63,9 +64,9 @@ class Placement:
         """Its worker has said its last word."""
         del self._places[request_id]
 
-    def move(self, choice: Choice, output: GenerateOutput) -> bool:
-        """Sends a choice, which its worker ended with the refusal `output`, to another one, now or when there is one;
-        False when that cannot be."""
+    def move(self, choice: Choice, output: GenerateOutput) -> GenerateOutput | None:
+        """Sends a choice, which its worker ended with the refusal `output`, to another one, now or when there is one.
+        Returns None; or, where that cannot be, the output that ends it."""
         place = self._places[choice.request.request_id]
         assert place.client is not None, "refused by nobody"
         if choice.num_tokens > place.num_tokens:
@@ -73,25 +74,27 @@ class Placement:
         place.tried.append(place.client)
         place.losses += place.client.lost != ""
         if place.losses >= MOST_LOSSES:
-            log.warning("%s lost %d workers without a token", choice.request.request_id, place.losses)
-            return False
+            why = (
+                f"it was the last of {MOST_LOSSES} workers in a row that were lost with this request: no other gets it"
+            )
+            return replace(output, error=f"{output.error}; {why}")
         full = output.refused == "full"
         request = choice.request if full else choice.replay()
         try:
             client = self._pool.submit(request, self.inbox, self._session, place.tried)
         except (Unavailable, TransportError):
-            return not full and self._wait(place, request, output.error)
+            return None if not full and self._waits(place, request, output.error) else output
         self._sent(place, request, client)
-        return True
+        return None
 
-    def _wait(self, place: _Place, request: GenerateRequest, why: str) -> bool:
+    def _waits(self, place: _Place, request: GenerateRequest, why: str) -> bool:
         """Whether it may."""
         stranded, now = self._pool.stranded, asyncio.get_running_loop().time()
         place.until = now + stranded.patience_s if place.until is None else place.until
         if now >= place.until:
             return False
         place.client, place.tried = None, []  # who refused it may be another by then
-        taken = lambda client: self._sent(place, request, client)  # noqa: E731
+        taken = partial(self._sent, place, request)
         stranded.add(Castaway(request, self.inbox, self._session, why, place.until, taken))
         return True
 

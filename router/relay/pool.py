@@ -108,6 +108,7 @@ class Pool:
         usable = [(m, m.client) for m in self.members if m.usable and m.client is not None and m.client not in tried]
         if not usable:
             raise Unavailable(self.problem or "no other attention worker can take the request")
+        usable = [(member, client) for member, client in usable if member.answers] or usable
         clients = {member.worker.rank: client for member, client in usable}
         chosen = self._policy.choose(request, session, [member.load(client) for member, client in usable])
         clients[chosen].submit(request, inbox)
@@ -244,8 +245,7 @@ class Pool:
             return
         now = asyncio.get_running_loop().time()
         silent_s = now - client.heard_at
-        # Two questions, for it may have been this process that was frozen.
-        if member.unanswered >= 2 and now - max(client.heard_at, member.answered_at) > self._silence_s:
+        if not member.answers and now - max(client.heard_at, member.answered_at) > self._silence_s:
             client.fail(
                 f"{client.peer} at {client.address} is silent: for {self._silence_s:g} s (router.silence_s) it gave no "
                 f"token and did not say how it is"

@@ -100,12 +100,13 @@ class Stream:
         """Nothing where the choice goes on at another worker."""
         choice = self._running[output.request_id]
         if output.finish_reason in ("error", "cancelled"):
-            if output.refused and self._placement.move(choice, output):
+            ending = self._placement.move(choice, output) if output.refused else output
+            if ending is None:
                 return ()
             del self._running[output.request_id]
             self._placement.ended(output.request_id)
             self._metrics.finished("error", time.perf_counter() - self._started)
-            raise self._error(output)
+            raise self._error(ending)
         if choice.index % self._job.n == 0:
             self.num_cached += output.cached_tokens
         if output.queue_s is not None:

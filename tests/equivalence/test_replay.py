@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from afd.native import library as native
-from afd.types import SamplingParams
+from afd.types import DType, SamplingParams
 from tests import tiny
 from tests.rig import Result, Rig, finished, split, weights_of
 from tests.rig import tiny as spec_of
@@ -83,6 +83,16 @@ def test_cut_anywhere_the_other_worker_gives_the_rest_bit_for_bit(feature: str, 
             assert ended(rest) == ended(whole)
             assert cut == 0 or rest.cached_tokens == 0, "said once, with the first token"
         rig.check_idle()
+
+
+@compiled_only
+@pytest.mark.parametrize("family", ["step3", "llama", "qwen3_moe"])
+def test_so_it_is_in_bf16_too(family: str) -> None:
+    spec, asked = spec_of(family, vocab_size=260, eos_token_id=EOS), FEATURES["logprobs"]
+    with split(spec, weights_of(spec), "2A2F", compiled=True, block_size=16, dtype=DType.BF16) as rig:
+        whole = finished(rig.submit("whole", PROMPT, asked.params))
+        for cut, rest in rests(rig, asked, whole):
+            assert rest.tokens == whole.tokens[cut:], f"cut after {cut} tokens"
 
 
 def test_the_plain_kernels_give_the_same_rest() -> None:

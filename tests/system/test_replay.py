@@ -20,7 +20,8 @@ from tests.system.serving import Serving, serving, until
 
 MODEL = "tiny"
 STREAMS = 16
-TOKENS = 400
+TOKENS = 500
+CALL_TOKENS = 350  # of the chats with tools, whose prompts are long
 BEGUN = 40  # tokens of each stream before the fault
 SILENCE_S = 2.0
 NOISE_S = 8.0  # what a busy machine may add to a pause
@@ -32,7 +33,7 @@ TOOL: Json = {
         "name": "weather",
         "parameters": {
             "type": "object",
-            "properties": {"city": {"type": "string", "minLength": TOKENS}},
+            "properties": {"city": {"type": "string", "minLength": CALL_TOKENS}},
             "required": ["city"],
             "additionalProperties": False,
         },
@@ -43,13 +44,13 @@ KINDS: list[tuple[str, Json]] = [
     ("/v1/completions", {"temperature": 1.2, "n": 2, "ignore_eos": True, "top_p": 0.95}),
     ("/v1/completions", {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.4, "ignore_eos": True}),
     ("/v1/completions", {"guided_regex": "([a-f]{2}[0-9]|日本){200}", "priority": -1}),
-    ("/v1/completions", {"min_tokens": 300, "stop": ["a", "b", "c"], "ignore_eos": True, "cache_salt": "x"}),
+    ("/v1/completions", {"min_tokens": 400, "stop": ["a", "b", "c"], "ignore_eos": True, "cache_salt": "x"}),
     ("/v1/chat/completions", {"ignore_eos": True, "logprobs": True, "top_logprobs": 1, "user": "me"}),
-    ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required"}),
+    ("/v1/chat/completions", {"tools": [TOOL], "tool_choice": "required", "max_tokens": CALL_TOKENS}),
     (
         "/v1/chat/completions",
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {
-            "type": "array", "items": {"enum": ["yes", "no", 1.5]}, "minItems": 120, "maxItems": 130,
+            "type": "array", "items": {"enum": ["yes", "no", 1.5]}, "minItems": 150, "maxItems": 160,
         }}}},
     ),
 ]  # fmt: skip

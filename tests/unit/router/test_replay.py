@@ -321,7 +321,18 @@ def test_a_frozen_worker_is_lost_and_what_it_says_late_is_not_heard(start, setti
     second.script.released.set()
     said = stream()
     assert [token for event in said for token in tokens_of(event)] == ids
+    assert second.submitted.empty()
     first.streams_ended.get(timeout=10)
+
+
+def test_a_worker_that_does_not_answer_is_not_chosen_where_another_does(start, settings, tokenizer, two):
+    first, second = two
+    first.answers_status, second.script = False, Tape(tokenizer.encode(TEXT, special=False))
+    router = start(settings, first, second)
+    eventually(lambda: not router.gateway.pool.members[0].answers, "found silent")
+    assert router.gateway.pool.members[0].usable
+    assert post(router).json()["choices"][0]["text"] == TEXT
+    assert first.submitted.empty()
 
 
 def test_a_request_that_loses_worker_after_worker_without_a_token_is_not_sent_to_a_fourth(start, settings, two):
@@ -336,6 +347,7 @@ def test_a_request_that_loses_worker_after_worker_without_a_token_is_not_sent_to
     response = answer()
     assert response.status_code == 503
     assert "attention worker 2" in response.json()["error"]["message"]
+    assert "3 workers in a row" in response.json()["error"]["message"]
     assert workers[3].submitted.empty()
     for worker in workers[2:]:
         worker.die()
