@@ -74,10 +74,8 @@ class Placement:
         place.tried.append(place.client)
         place.losses += place.client.lost != ""
         if place.losses >= MOST_LOSSES:
-            why = (
-                f"it was the last of {MOST_LOSSES} workers in a row that were lost with this request: no other gets it"
-            )
-            return replace(output, error=f"{output.error}; {why}")
+            enough = f"{MOST_LOSSES} workers in a row were lost with this request, and no other gets it"
+            return replace(output, error=f"{output.error}; {enough}")
         full = output.refused == "full"
         request = choice.request if full else choice.replay()
         try:
