@@ -96,7 +96,12 @@ FinishReason = Literal["stop", "length", "error", "cancelled"]
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One sequence to continue, as the attention worker sees it. `request_id` is unique per router connection;
-    `grammar` is one of llguidance (afd.grammar), and the answer one that it takes; "": any answer."""
+    `grammar` is one of llguidance (afd.grammar), and the answer one that it takes; "": any answer.
+
+    A replay has lost its worker and goes on at another: `generated_token_ids` are the answer so far, which counts as
+    generated in every respect and is not sent again. With the same seed, the rest is what the first worker would have
+    sent.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
@@ -104,6 +109,13 @@ class GenerateRequest:
     priority: int = 0  # of those that wait, lower is served earlier
     cache_salt: str = ""  # computed prefixes are shared only between requests with the same
     grammar: str = ""
+    generated_token_ids: tuple[int, ...] = ()
+    replay: bool = False  # a full queue does not refuse it, and of its priority it goes first
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and answer so far."""
+        return len(self.prompt_token_ids) + len(self.generated_token_ids)
 
 
 @dataclass(frozen=True, slots=True)

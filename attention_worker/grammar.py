@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,6 +42,12 @@ class Matcher:
         self._matcher.consume_token(token_id)
         self._look()
         return not self.problem and self._matcher.is_stopped()
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        """Goes on by several tokens at once, behind which the answer is not complete."""
+        if token_ids:
+            self._matcher.consume_tokens(list(token_ids))
+            self._look()
 
     def fail(self, problem: str) -> None:
         """Ends the request with `problem`, unless it has one."""

@@ -60,7 +60,7 @@ class Requests:
             self._outputs.append((owner, sequence.end("error", refusal, client_error=True)))
         elif self.problem:
             self._outputs.append((owner, sequence.end("error", self.problem, refused="unavailable")))
-        elif len(self.scheduler.waiting) + len(self._compiling) >= self.max_waiting:
+        elif len(self.scheduler.waiting) + len(self._compiling) >= self.max_waiting and not request.replay:
             full = f"{self.max_waiting} requests are waiting already (attention.max_waiting)"
             self._outputs.append((owner, sequence.end("error", full, refused="full")))
         else:
@@ -78,10 +78,13 @@ class Requests:
             return  # cancelled or failed meanwhile
         self._compiling.remove(sequence)
         if isinstance(outcome, Matcher):
-            sequence.matcher = outcome
-            self.scheduler.add(sequence)
-        else:
-            self._refuse(sequence, outcome)
+            outcome.follow(sequence.request.generated_token_ids)
+            if not outcome.problem:
+                sequence.matcher = outcome
+                self.scheduler.add(sequence)
+                return
+            outcome = outcome.problem
+        self._refuse(sequence, outcome)
 
     def cancel(self, owner: int, request_id: str) -> None:
         """Frees an idle request's blocks now, one in flight's when its step ends. Unknown ids are ignored."""
@@ -151,8 +154,8 @@ class Requests:
     def _refusal(self, sequence: Sequence) -> str:
         """Why the request can never be served, in a sentence; "" when it can."""
         request = sequence.request
-        prompt, limit = len(request.prompt_token_ids), self.max_context
-        used = [*request.prompt_token_ids, *request.sampling.named_token_ids]
+        prompt, generated, limit = len(request.prompt_token_ids), len(request.generated_token_ids), self.max_context
+        used = [*sequence.token_ids, *request.sampling.named_token_ids]
         if sequence.key in self._living:
             return f"request_id {request.request_id!r} is already in use on this connection"
         if not prompt:
@@ -161,8 +164,12 @@ class Requests:
             return (
                 f"the prompt has {prompt} tokens, and the longest context is {limit} tokens, prompt and answer together"
             )
+        if prompt + generated >= limit:
+            return f"the prompt has {prompt} tokens and the answer {generated} so far; the longest context is {limit}"
         if request.sampling.max_tokens < 1:
             return f"max_tokens is {request.sampling.max_tokens}; it must be at least 1"
+        if generated >= request.sampling.max_tokens:
+            return f"{generated} tokens are generated already, and max_tokens is {request.sampling.max_tokens}"
         if request.grammar and self._compile is None:
             return "this worker follows no grammars"
         if min(used) < 0 or max(used) >= self.vocab:

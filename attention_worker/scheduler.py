@@ -235,5 +235,5 @@ class Scheduler:
         insort(self.waiting, sequence, key=_urgency)
 
 
-def _urgency(sequence: Sequence) -> tuple[int, int]:
+def _urgency(sequence: Sequence) -> tuple[int, bool, int]:
     return sequence.urgency

@@ -12,7 +12,8 @@ from attention_worker.grammar import Matcher
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Prompt and generated tokens, and the blocks that hold the KV of the first `num_computed` of them.
+    """Prompt and generated tokens, and the blocks that hold the KV of the first `num_computed` of them. A replay begins
+    with what another worker generated, as one begins again that was preempted.
 
     `owner` names the router connection that asked; its outputs go there. `seed` is the request's, or a random one,
     so that (seed, position) always gives the same draw, whatever batch or worker computes it. `matcher` follows the
@@ -40,10 +41,10 @@ class Sequence:
     scored: list[SampledToken] = field(default_factory=list)  # the prompt's, as far as their logprobs are known
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        self.token_ids = [*self.request.prompt_token_ids, *self.request.generated_token_ids]
         seed = self.request.sampling.seed
         self.seed = seed if seed is not None else int.from_bytes(os.urandom(8), "little")
-        if self.request.sampling.prompt_logprobs:
+        if self.request.sampling.prompt_logprobs and not self.request.generated_token_ids:  # else they were told before
             self.scored += [SampledToken(token_id) for token_id in self.token_ids[:1]]  # nothing comes before it
 
     @property
@@ -51,9 +52,9 @@ class Sequence:
         return self.owner, self.request.request_id
 
     @property
-    def urgency(self) -> tuple[int, int]:
-        """Who goes first: the lowest, by priority and then by age."""
-        return self.request.priority, self.order
+    def urgency(self) -> tuple[int, bool, int]:
+        """Who goes first: the lowest, by priority and then by age. A replay is older than what came here itself."""
+        return self.request.priority, not self.request.replay, self.order
 
     @property
     def num_pending(self) -> int:

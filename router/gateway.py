@@ -56,8 +56,10 @@ class Gateway:
             watch,
             policy.create(settings.policy),
             deadline_s=settings.deadline_s,
+            silence_s=settings.silence_s,
             connect_s=settings.connect_s,
             poll_s=settings.poll_s,
+            replay_s=settings.replay_s,
         )
         self._settings = settings
         self._metrics = Metrics(settings.usd_per_hour)

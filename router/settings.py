@@ -15,9 +15,12 @@ class RouterSettings:
     in the former, chat_template is one template and every *_token a plain string.
 
     `max_context` is in tokens, prompt and answer together; where an attention worker takes less, that counts.
-    `vocab_size` is the model's: token ids at or above it are refused. `deadline_s`: how long an attention worker with
-    requests may go without a token or a finished step before its requests are failed; make it longer than the workers'
-    own deadlines, whose errors say more.
+    `vocab_size` is the model's: token ids at or above it are refused.
+
+    A lost attention worker's requests go on at another one; `replay_s` is how long they wait for one. It is lost when
+    its connection breaks or the cluster view says so; when, with requests, it neither sends anything nor answers
+    for `silence_s`; and when it goes without a token or a finished step for `deadline_s`, which should be longer than
+    the workers' own deadlines, whose errors say more.
     """
 
     model_name: str
@@ -33,6 +36,8 @@ class RouterSettings:
     request_timeout_s: float | None = None  # longest a request may take, whatever it asks for
     drain_s: float = 5.0  # how long requests in flight may finish on shutdown
     deadline_s: float = 60.0
+    silence_s: float = 10.0
+    replay_s: float = 60.0
     connect_s: float = 10.0  # longest wait for an attention worker to accept the router's connection
     poll_s: float = 0.2  # how often the cluster view is read
     max_body_bytes: int = 32 << 20

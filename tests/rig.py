@@ -10,7 +10,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -69,10 +69,20 @@ class Rig:
         self.stops[ffn_rank].close()
 
     def submit(
-        self, name: str, prompt: Sequence[int], params: SamplingParams, attention_rank: int = 0, grammar: str = ""
+        self,
+        name: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        attention_rank: int = 0,
+        grammar: str = "",
+        generated: Sequence[int] | None = None,
     ) -> Result:
+        """`generated`: what a lost worker has given of the answer; None: no other had it."""
         result = self.results[name] = Result()
-        self.engines[attention_rank].submit(0, GenerateRequest(name, tuple(prompt), params, grammar=grammar))
+        request = GenerateRequest(name, tuple(prompt), params, grammar=grammar)
+        if generated is not None:
+            request = replace(request, generated_token_ids=tuple(generated), replay=True)
+        self.engines[attention_rank].submit(0, request)
         return result
 
     def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:

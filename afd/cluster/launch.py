@@ -217,6 +217,8 @@ def router_settings(router: Any, deployment: Deployment, files: library.ModelFil
         generation_config=files.generation_config,
         policy=deployment.router.policy,
         max_queue=deployment.router.max_queue,
+        replay_s=deployment.router.replay_s,
+        silence_s=deployment.router.silence_s,
         request_timeout_s=deployment.router.request_timeout_s,
         drain_s=deployment.router.drain_s,
         max_body_bytes=int(deployment.router.max_body_mib * 2**20),

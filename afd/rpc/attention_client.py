@@ -174,9 +174,9 @@ class AttentionClient:
         if not self._entries:
             self.heard_at = self._loop.time()  # an idle worker owes no sign of life
         handle = self._new_handle()
-        entry = _Entry(request.request_id, handle, inbox, len(request.prompt_token_ids))
+        entry = _Entry(request.request_id, handle, inbox, request.num_tokens)
         self._entries[request.request_id] = self._by_handle[handle] = entry
-        self.num_tokens += len(request.prompt_token_ids)
+        self.num_tokens += request.num_tokens
         self._outgoing.put_nowait(pb.RouterMessage(submit=request_to_proto(request, handle)))
 
     def cancel(self, request_id: str) -> None:
@@ -200,12 +200,14 @@ class AttentionClient:
         if self.lost:
             return
         self.lost = sentence
-        entries, self._entries = self._entries, {}
-        self._by_handle.clear()
-        self.num_tokens = 0
-        for request_id, entry in entries.items():
-            entry.inbox.put(GenerateOutput(request_id, finish_reason="error", error=sentence, refused=refused))
+        self._end_all(sentence, refused)
         self._on_lost()
+
+    def let_go(self, sentence: str) -> None:
+        """Ends every request in flight with an error output saying `sentence`, for another worker to take, and tells
+        this one to forget them. The stream stands."""
+        for request_id in self._end_all(sentence, "unavailable"):
+            self._outgoing.put_nowait(pb.RouterMessage(cancel=pb.Cancel(request_id=request_id)))
 
     async def close(self) -> None:
         """Ends the stream, upon which the worker cancels what it carried. Requests in flight are told."""
@@ -261,6 +263,15 @@ class AttentionClient:
         if output.finish_reason is not None:
             self._forget(output.request_id)
         entry.inbox.put(output)
+
+    def _end_all(self, sentence: str, refused: Refusal) -> list[str]:
+        """Which requests there were."""
+        entries, self._entries = self._entries, {}
+        self._by_handle.clear()
+        self.num_tokens = 0
+        for request_id, entry in entries.items():
+            entry.inbox.put(GenerateOutput(request_id, finish_reason="error", error=sentence, refused=refused))
+        return list(entries)
 
     def _forget(self, request_id: str) -> bool:
         entry = self._entries.pop(request_id, None)

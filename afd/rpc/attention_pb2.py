@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x66\x64/rpc/attention.proto\x12\x07\x61\x66\x64.rpc\"]\n\rRouterMessage\x12!\n\x06submit\x18\x01 \x01(\x0b\x32\x0f.afd.rpc.SubmitH\x00\x12!\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x0f.afd.rpc.CancelH\x00\x42\x06\n\x04kind\"\xa2\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12#\n\x08sampling\x18\x03 \x01(\x0b\x32\x11.afd.rpc.Sampling\x12\x0e\n\x06handle\x18\x04 \x01(\r\x12\x0f\n\x07grammar\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x12\n\ncache_salt\x18\x07 \x01(\t\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xf3\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x15\n\x08logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x12\x34\n\nlogit_bias\x18\x0e \x03(\x0b\x32 .afd.rpc.Sampling.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12$\n\tbad_words\x18\x10 \x03(\x0b\x32\x11.afd.rpc.TokenIds\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05_seedB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"S\n\x0bStepOutputs\x12 \n\x07outputs\x18\x01 \x03(\x0b\x32\x0f.afd.rpc.Output\x12\x0f\n\x07handles\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xb9\x02\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x06tokens\x18\x02 \x03(\x0b\x32\x0e.afd.rpc.Token\x12,\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x15.afd.rpc.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0c\x63lient_error\x18\x06 \x01(\x08\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12!\n\x07refused\x18\x08 \x01(\x0e\x32\x10.afd.rpc.Refusal\x12\x14\n\x07queue_s\x18\t \x01(\x02H\x01\x88\x01\x01\x12\x1e\n\x06prompt\x18\n \x03(\x0b\x32\x0e.afd.rpc.TokenB\x10\n\x0e_stop_token_idB\n\n\x08_queue_s\"f\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12)\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x13.afd.rpc.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x0f\n\rStatusRequest\"\x84\x03\n\x0bStatusReply\x12\x16\n\x0e\x61ttention_rank\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x06 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x18\n\x10generated_tokens\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\x12\x13\n\x0bmax_context\x18\x0c \x01(\r\x12\x14\n\x0cmicrobatches\x18\r \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x0e \x01(\x04\x12\x16\n\x0eprefix_queries\x18\x0f \x01(\x04\x12\x13\n\x0bprefix_hits\x18\x10 \x01(\x04\x12\x16\n\x0erunning_tokens\x18\x11 \x01(\x04\x12\x13\n\x0b\x66ree_tokens\x18\x12 \x01(\x04*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04*M\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x10\n\x0cREFUSAL_FULL\x10\x01\x12\x17\n\x13REFUSAL_UNAVAILABLE\x10\x02\x32~\n\tAttention\x12\x39\n\x05Serve\x12\x16.afd.rpc.RouterMessage\x1a\x14.afd.rpc.StepOutputs(\x01\x30\x01\x12\x36\n\x06Status\x12\x16.afd.rpc.StatusRequest\x1a\x14.afd.rpc.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x61\x66\x64/rpc/attention.proto\x12\x07\x61\x66\x64.rpc\"]\n\rRouterMessage\x12!\n\x06submit\x18\x01 \x01(\x0b\x32\x0f.afd.rpc.SubmitH\x00\x12!\n\x06\x63\x61ncel\x18\x02 \x01(\x0b\x32\x0f.afd.rpc.CancelH\x00\x42\x06\n\x04kind\"\xcf\x01\n\x06Submit\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12#\n\x08sampling\x18\x03 \x01(\x0b\x32\x11.afd.rpc.Sampling\x12\x0e\n\x06handle\x18\x04 \x01(\r\x12\x0f\n\x07grammar\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x12\n\ncache_salt\x18\x07 \x01(\t\x12\x1b\n\x13generated_token_ids\x18\x08 \x03(\r\x12\x0e\n\x06replay\x18\t \x01(\x08\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\xf3\x03\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x12\n\nmin_tokens\x18\x02 \x01(\r\x12\x13\n\x0btemperature\x18\x03 \x01(\x02\x12\r\n\x05top_p\x18\x04 \x01(\x02\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05min_p\x18\x06 \x01(\x02\x12\x11\n\x04seed\x18\x07 \x01(\x04H\x00\x88\x01\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\t \x01(\x02\x12\x18\n\x10presence_penalty\x18\n \x01(\x02\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x15\n\x08logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x12\x34\n\nlogit_bias\x18\x0e \x03(\x0b\x32 .afd.rpc.Sampling.LogitBiasEntry\x12\x19\n\x11\x61llowed_token_ids\x18\x0f \x03(\r\x12$\n\tbad_words\x18\x10 \x03(\x0b\x32\x11.afd.rpc.TokenIds\x12\x17\n\x0fprompt_logprobs\x18\x11 \x01(\x08\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x07\n\x05_seedB\x0b\n\t_logprobs\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"S\n\x0bStepOutputs\x12 \n\x07outputs\x18\x01 \x03(\x0b\x32\x0f.afd.rpc.Output\x12\x0f\n\x07handles\x18\x02 \x03(\r\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\"\xb9\x02\n\x06Output\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x06tokens\x18\x02 \x03(\x0b\x32\x0e.afd.rpc.Token\x12,\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x15.afd.rpc.FinishReason\x12\x1a\n\rstop_token_id\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\r\n\x05\x65rror\x18\x05 \x01(\t\x12\x14\n\x0c\x63lient_error\x18\x06 \x01(\x08\x12\x15\n\rcached_tokens\x18\x07 \x01(\r\x12!\n\x07refused\x18\x08 \x01(\x0e\x32\x10.afd.rpc.Refusal\x12\x14\n\x07queue_s\x18\t \x01(\x02H\x01\x88\x01\x01\x12\x1e\n\x06prompt\x18\n \x03(\x0b\x32\x0e.afd.rpc.TokenB\x10\n\x0e_stop_token_idB\n\n\x08_queue_s\"f\n\x05Token\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x14\n\x07logprob\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12)\n\x0ctop_logprobs\x18\x03 \x03(\x0b\x32\x13.afd.rpc.TopLogprobB\n\n\x08_logprob\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x0f\n\rStatusRequest\"\x84\x03\n\x0bStatusReply\x12\x16\n\x0e\x61ttention_rank\x18\x01 \x01(\r\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x0f\n\x07waiting\x18\x05 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x06 \x01(\r\x12\x13\n\x0b\x62locks_used\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x18\n\x10generated_tokens\x18\t \x01(\x04\x12\x15\n\rprompt_tokens\x18\n \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0b \x01(\x04\x12\x13\n\x0bmax_context\x18\x0c \x01(\r\x12\x14\n\x0cmicrobatches\x18\r \x01(\r\x12\x16\n\x0ewaiting_tokens\x18\x0e \x01(\x04\x12\x16\n\x0eprefix_queries\x18\x0f \x01(\x04\x12\x13\n\x0bprefix_hits\x18\x10 \x01(\x04\x12\x16\n\x0erunning_tokens\x18\x11 \x01(\x04\x12\x13\n\x0b\x66ree_tokens\x18\x12 \x01(\x04*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x03\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x04*M\n\x07Refusal\x12\x17\n\x13REFUSAL_UNSPECIFIED\x10\x00\x12\x10\n\x0cREFUSAL_FULL\x10\x01\x12\x17\n\x13REFUSAL_UNAVAILABLE\x10\x02\x32~\n\tAttention\x12\x39\n\x05Serve\x12\x16.afd.rpc.RouterMessage\x1a\x14.afd.rpc.StepOutputs(\x01\x30\x01\x12\x36\n\x06Status\x12\x16.afd.rpc.StatusRequest\x1a\x14.afd.rpc.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,34 +33,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=1816
-  _globals['_FINISHREASON']._serialized_end=1965
-  _globals['_REFUSAL']._serialized_start=1967
-  _globals['_REFUSAL']._serialized_end=2044
+  _globals['_FINISHREASON']._serialized_start=1861
+  _globals['_FINISHREASON']._serialized_end=2010
+  _globals['_REFUSAL']._serialized_start=2012
+  _globals['_REFUSAL']._serialized_end=2089
   _globals['_ROUTERMESSAGE']._serialized_start=36
   _globals['_ROUTERMESSAGE']._serialized_end=129
   _globals['_SUBMIT']._serialized_start=132
-  _globals['_SUBMIT']._serialized_end=294
-  _globals['_CANCEL']._serialized_start=296
-  _globals['_CANCEL']._serialized_end=324
-  _globals['_SAMPLING']._serialized_start=327
-  _globals['_SAMPLING']._serialized_end=826
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=756
-  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=804
-  _globals['_TOKENIDS']._serialized_start=828
-  _globals['_TOKENIDS']._serialized_end=851
-  _globals['_STEPOUTPUTS']._serialized_start=853
-  _globals['_STEPOUTPUTS']._serialized_end=936
-  _globals['_OUTPUT']._serialized_start=939
-  _globals['_OUTPUT']._serialized_end=1252
-  _globals['_TOKEN']._serialized_start=1254
-  _globals['_TOKEN']._serialized_end=1356
-  _globals['_TOPLOGPROB']._serialized_start=1358
-  _globals['_TOPLOGPROB']._serialized_end=1405
-  _globals['_STATUSREQUEST']._serialized_start=1407
-  _globals['_STATUSREQUEST']._serialized_end=1422
-  _globals['_STATUSREPLY']._serialized_start=1425
-  _globals['_STATUSREPLY']._serialized_end=1813
-  _globals['_ATTENTION']._serialized_start=2046
-  _globals['_ATTENTION']._serialized_end=2172
+  _globals['_SUBMIT']._serialized_end=339
+  _globals['_CANCEL']._serialized_start=341
+  _globals['_CANCEL']._serialized_end=369
+  _globals['_SAMPLING']._serialized_start=372
+  _globals['_SAMPLING']._serialized_end=871
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_start=801
+  _globals['_SAMPLING_LOGITBIASENTRY']._serialized_end=849
+  _globals['_TOKENIDS']._serialized_start=873
+  _globals['_TOKENIDS']._serialized_end=896
+  _globals['_STEPOUTPUTS']._serialized_start=898
+  _globals['_STEPOUTPUTS']._serialized_end=981
+  _globals['_OUTPUT']._serialized_start=984
+  _globals['_OUTPUT']._serialized_end=1297
+  _globals['_TOKEN']._serialized_start=1299
+  _globals['_TOKEN']._serialized_end=1401
+  _globals['_TOPLOGPROB']._serialized_start=1403
+  _globals['_TOPLOGPROB']._serialized_end=1450
+  _globals['_STATUSREQUEST']._serialized_start=1452
+  _globals['_STATUSREQUEST']._serialized_end=1467
+  _globals['_STATUSREPLY']._serialized_start=1470
+  _globals['_STATUSREPLY']._serialized_end=1858
+  _globals['_ATTENTION']._serialized_start=2091
+  _globals['_ATTENTION']._serialized_end=2217
 # @@protoc_insertion_point(module_scope)

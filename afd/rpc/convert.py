@@ -65,6 +65,8 @@ def request_to_proto(request: GenerateRequest, handle: int = 0) -> pb.Submit:
         priority=request.priority,
         cache_salt=request.cache_salt,
         grammar=request.grammar,
+        generated_token_ids=request.generated_token_ids,
+        replay=request.replay,
         sampling=pb.Sampling(
             max_tokens=sampling.max_tokens,
             min_tokens=sampling.min_tokens,
@@ -119,6 +121,8 @@ def request_from_proto(message: pb.Submit) -> GenerateRequest:
         message.priority,
         message.cache_salt,
         message.grammar,
+        tuple(message.generated_token_ids),
+        message.replay,
     )
 
 

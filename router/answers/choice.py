@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from afd.types import FinishReason, GenerateOutput, GenerateRequest, SampledToken
@@ -45,12 +45,12 @@ class TextRules:
 
 
 class Choice:
-    """Follows one request to one worker. `index` is the choice's place in the answer."""
+    """Follows one request, to whichever worker. `index` is the choice's place in the answer."""
 
     def __init__(self, index: int, request: GenerateRequest, rules: TextRules, tokenizer: Tokenizer) -> None:
         self.index = index
         self.request = request
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
         self.first_token_at: float | None = None  # for the metrics of whoever follows, as the next
         self.last_token_at: float | None = None
         self._num_chars = 0
@@ -58,6 +58,14 @@ class Choice:
         self._stops = StopStrings(rules.stops, keep=rules.keep_stop)
         self._keep_stop = rules.keep_stop
         self._parser = rules.parser() if rules.parser else None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    def replay(self) -> GenerateRequest:
+        """The request for another worker to go on with, behind the tokens that came."""
+        return replace(self.request, generated_token_ids=tuple(self.token_ids), replay=True)
 
     def accept(self, output: GenerateOutput) -> Delta:
         """Takes an output of the worker (no error) in order. After a delta with finish_reason nothing more is accepted.
@@ -72,7 +80,7 @@ class Choice:
         for token in output.tokens:
             delta.tokens.append(token)
             delta.offsets.append(self._num_chars)
-            self.num_tokens += 1
+            self.token_ids.append(token.token_id)
             is_stop = output.stop_token_id == token.token_id and token is output.tokens[-1]
             if is_stop and not self._keep_stop:
                 break  # EOS and stop tokens end the text without being part of it, as a rule
@@ -88,7 +96,7 @@ class Choice:
     def accept_token(self, token_id: int) -> Delta:
         """The same for an ordinary token: one of an answer without logprobs that goes on."""
         delta = Delta(self.index, tokens=[SampledToken(token_id)], offsets=[self._num_chars])
-        self.num_tokens += 1
+        self.token_ids.append(token_id)
         self._add(delta, self._detokenizer.push(token_id))
         return self._read(delta) if self._parser else delta
 
@@ -110,7 +118,7 @@ class Choice:
     def _add(self, delta: Delta, text: str) -> bool:
         """Adds decoded text; True when a stop string ends the choice here."""
         self._num_chars += len(text)
-        if self.num_tokens <= self.request.sampling.min_tokens:
+        if len(self.token_ids) <= self.request.sampling.min_tokens:
             delta.text += text  # too early to stop
             return False
         certain, stop = self._stops.push(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from secrets import randbits
 
 from afd.types import GenerateRequest, SamplingParams
 from router.answers.choice import Choice, TextRules
@@ -36,7 +37,8 @@ class Job:
 
     def choices(self, tokenizer: Tokenizer) -> list[Choice]:
         """Fresh choices, in the order of their index. A seed is offset by the choice's place among the n of a prompt,
-        so that choices differ and equal prompts have equal answers."""
+        so that choices differ and equal prompts have equal answers. Where the client gave none, each choice has a
+        random one, which stays when it goes on at another worker."""
         return [
             Choice(i * self.n + j, self._worker_request(i, j), self.rules, tokenizer)
             for i in range(len(self.prompts))
@@ -45,9 +47,13 @@ class Job:
 
     def _worker_request(self, i: int, j: int) -> GenerateRequest:
         sampling = self.sampling[i]
-        if sampling.seed is not None:
-            sampling = replace(sampling, seed=(sampling.seed + j) % 2**64)
+        seed = randbits(64) if sampling.seed is None else (sampling.seed + j) % 2**64
         request_id = f"{self.job_id}-{i * self.n + j}"
         return GenerateRequest(
-            request_id, self.prompts[i], sampling, self.terms.priority, self.terms.cache_salt, self.grammar
+            request_id,
+            self.prompts[i],
+            replace(sampling, seed=seed),
+            self.terms.priority,
+            self.terms.cache_salt,
+            self.grammar,
         )

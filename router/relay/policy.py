@@ -48,7 +48,7 @@ class LeastLoaded(Policy):
     requests, then the lowest attention_rank."""
 
     def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:  # noqa: ARG002
-        return _least_loaded(loads, len(request.prompt_token_ids)).attention_rank
+        return _least_loaded(loads, request.num_tokens).attention_rank
 
 
 class RoundRobin(Policy):
@@ -69,7 +69,7 @@ class Session(Policy):
 
     def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:
         if not session:
-            return _least_loaded(loads, len(request.prompt_token_ids)).attention_rank
+            return _least_loaded(loads, request.num_tokens).attention_rank
         return max((load.attention_rank for load in loads), key=lambda rank: _lot(session, rank))
 
 
@@ -93,7 +93,7 @@ class Prefix(Policy):
 
     def choose(self, request: GenerateRequest, session: str, loads: Sequence[Load]) -> int:  # noqa: ARG002
         names = self._names(request)
-        length = len(request.prompt_token_ids)
+        length = request.num_tokens
         chosen = _least_loaded(loads, length)
         known = {load.attention_rank: self._known(load.attention_rank, names) for load in loads}
         most = max(known.values())

@@ -10,13 +10,13 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass, field
 
 from afd.errors import TransportError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
-from afd.rpc.convert import AttentionStatus
 from afd.types import ClusterView, GenerateRequest, Role, WorkerView
-from router.relay.policy import Load, Policy
+from router.relay.member import Member
+from router.relay.policy import Policy
+from router.relay.stranded import Stranded
 
 log = logging.getLogger(__name__)
 
@@ -25,43 +25,28 @@ _ASK_S = 0.5  # between two questions for a worker's status: what other routers 
 _RECONNECT_S = 1.0  # between a connection that broke and the next one to the same address
 
 
-@dataclass(slots=True)
-class Member:
-    """One attention worker: how the controller sees it, and the connection once there is one."""
-
-    worker: WorkerView
-    client: AttentionClient | None = None
-    status: AttentionStatus | None = None  # the last one heard,
-    asked_at: float = 0.0  # the loop time when that was asked for,
-    own: tuple[int, int] = (0, 0)  # and this router's requests and tokens there when it came
-    task: asyncio.Task[None] | None = field(default=None, repr=False)  # connecting, or asking for progress
-
-    @property
-    def usable(self) -> bool:
-        """Whether new requests may go there."""
-        draining = self.status is not None and self.status.state == "draining"
-        return self.worker.state == "ready" and not draining and self.client is not None and not self.client.lost
-
-    def load(self, client: AttentionClient) -> Load:
-        """What the policy is told: this router's part as it is now, the rest as the worker told it last."""
-        requests, tokens = client.num_requests, client.num_tokens
-        if self.status is None or self.status.blocks_total == 0:
-            return Load(self.worker.rank, requests, tokens)
-        others = max(0, self.status.running + self.status.waiting - self.own[0])
-        others_tokens = max(0, self.status.running_tokens + self.status.waiting_tokens - self.own[1])
-        free = self.status.free_tokens - max(0, tokens - self.own[1])
-        return Load(self.worker.rank, requests + others, tokens + others_tokens, free)
-
-
 class Pool:
-    """`watch` gives the latest cluster view; it must be cheap. `start` and `close` on the loop that uses the pool."""
+    """`watch` gives the latest cluster view; it must be cheap. `start` and `close` on the loop that uses the pool.
+
+    `stranded` are the requests that wait for some worker to be ready again. See RouterSettings for the durations.
+    """
 
     def __init__(
-        self, watch: Callable[[], ClusterView], policy: Policy, *, deadline_s: float, connect_s: float, poll_s: float
+        self,
+        watch: Callable[[], ClusterView],
+        policy: Policy,
+        *,
+        deadline_s: float,
+        silence_s: float,
+        connect_s: float,
+        poll_s: float,
+        replay_s: float,
     ) -> None:
+        self.stranded = Stranded(self.submit, replay_s)
         self._watch = watch
         self._policy = policy
         self._deadline_s = deadline_s
+        self._silence_s = silence_s
         self._connect_s = connect_s
         self._poll_s = poll_s
         self._members: dict[int, Member] = {}  # by attention_rank
@@ -83,6 +68,7 @@ class Pool:
         if self._reconciler is not None:
             self._reconciler.cancel()
             await asyncio.gather(self._reconciler, return_exceptions=True)
+        self.fail_all("the router is shutting down")
         for attention_rank in list(self._members):
             self._drop(attention_rank, "the router is shutting down")
         await asyncio.gather(*self._closing, return_exceptions=True)
@@ -122,16 +108,32 @@ class Pool:
         usable = [(m, m.client) for m in self.members if m.usable and m.client is not None and m.client not in tried]
         if not usable:
             raise Unavailable(self.problem or "no other attention worker can take the request")
+        usable = [(member, client) for member, client in usable if member.answers] or usable
         clients = {member.worker.rank: client for member, client in usable}
         chosen = self._policy.choose(request, session, [member.load(client) for member, client in usable])
         clients[chosen].submit(request, inbox)
         return clients[chosen]
 
     def fail_all(self, sentence: str) -> None:
-        """Ends every request in flight with an error output saying `sentence`."""
+        """Ends every request in flight with an error output saying `sentence`; none goes on elsewhere any more."""
+        self.stranded.end(sentence)
         for member in self._members.values():
             if member.client is not None:
                 member.client.fail(sentence, refused="")
+
+    def hand_over(self, attention_rank: int) -> None:
+        """Empties a worker that is to stop: its requests go on at the others, where they left off, and it gets no more
+        from this router. An unknown or unconnected worker has none. Returns at once.
+
+        Raises Unavailable, and changes nothing, when no other worker could take them.
+        """
+        member = self._members.get(attention_rank)
+        if member is None or member.client is None:
+            return
+        if not any(other.usable for other in self._members.values() if other is not member):
+            raise Unavailable(f"no other attention worker could take the requests of attention worker {attention_rank}")
+        member.leaving = True
+        member.client.let_go(f"attention worker {attention_rank} hands its requests over")
 
     async def refresh(self) -> None:
         """Asks every usable worker for its status, at the same time; one that does not answer keeps its last."""
@@ -147,6 +149,7 @@ class Pool:
                 self._reconcile()
             except Exception:
                 log.exception("the cluster view could not be read; the last one stands")
+            self.stranded.retry()
 
     def _reconcile(self) -> None:
         workers = {worker.rank: worker for worker in self.view.workers if worker.role is Role.ATTENTION}
@@ -212,6 +215,7 @@ class Pool:
         member.client = client
         log.info("connected to %s at %s", peer, member.worker.address)
         await self._ask(member, client)
+        self.stranded.retry()
 
     async def _ask(self, member: Member, client: AttentionClient) -> None:
         """Takes the worker's status in; steps finished since the last one are a sign of life."""
@@ -219,8 +223,10 @@ class Pool:
         try:
             status = await client.status(deadline_s=min(_STATUS_S, self._deadline_s))
         except TransportError as error:
+            member.unanswered += 1
             log.debug("%s", error)
             return
+        member.answered_at, member.unanswered = asyncio.get_running_loop().time(), 0
         if member.status is not None and status.steps > member.status.steps:
             client.heard_at = asyncio.get_running_loop().time()
         member.status, member.own = status, (client.num_requests, client.num_tokens)
@@ -231,13 +237,20 @@ class Pool:
             member.task = asyncio.create_task(self._ask(member, member.client))
 
     def _check_progress(self, member: Member) -> None:
-        """Fails the requests of a worker that neither sends tokens nor finishes steps. Long prefills and a long queue
-        give no tokens either, so silence makes the router ask whether steps go on."""
+        """Fails the requests of a worker that is frozen or cut off, and of one that neither sends tokens nor finishes
+        steps. Long prefills and a long queue give no tokens either, so silence makes the router ask whether steps go
+        on."""
         client = member.client
         if client is None or client.num_requests == 0:
             return
-        silent_s = asyncio.get_running_loop().time() - client.heard_at
-        if silent_s > self._deadline_s:
+        now = asyncio.get_running_loop().time()
+        silent_s = now - client.heard_at
+        if not member.answers and now - max(client.heard_at, member.answered_at) > self._silence_s:
+            client.fail(
+                f"{client.peer} at {client.address} is silent: for {self._silence_s:g} s (router.silence_s) it gave no "
+                f"token and did not say how it is"
+            )
+        elif silent_s > self._deadline_s:
             client.fail(
                 f"{client.peer} at {client.address} gave no token and finished no step for {self._deadline_s:g} s "
                 f"(the router's deadline_s)"

@@ -1,9 +1,10 @@
 """READ FIRST: one request's way through the router.
 
-`Relay.jobs` (router.jobs) turns a checked request into a Job: prompts as token ids, and how to continue them.
-`Relay.open` sends one worker request for every prompt and choice, and gives a Stream (router.stream); `Stream.next`
-gives what came since: tokens at once, text once no later token can change it (a character's missing bytes, a stop
-string begun). Leaving the stream, for whatever reason, cancels at the workers what has not ended.
+`Relay.jobs` (router.relay.jobs) turns a checked request into a Job: prompts as token ids, and how to continue them.
+`Relay.open` sends one worker request for every prompt and choice, and gives a Stream (router.relay.stream);
+`Stream.next` gives what came since: tokens at once, text once no later token can change it (a character's missing
+bytes, a stop string begun). What loses its worker goes on at another (router.relay.placement), and the stream only
+pauses. Leaving it, for whatever reason, cancels at the workers what has not ended.
 """
 
 from __future__ import annotations

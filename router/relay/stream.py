@@ -1,21 +1,19 @@
-"""The choices of one job while they grow: what the workers send, as deltas; to another worker, or to an end."""
+"""The choices of one job while they grow: what the workers send, as deltas, to each one's end."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from afd.errors import QueueFull, RequestError, TransportError, Unavailable
-from afd.rpc.attention_client import AttentionClient, Inbox
+from afd.errors import QueueFull, RequestError, Unavailable
 from afd.types import FinishReason, GenerateOutput
 from router.answers.choice import Choice, Delta
 from router.http.exchange import Exchange
 from router.relay.admission import Admission
 from router.relay.job import Job
+from router.relay.placement import Placement
 from router.relay.pool import Pool
 from router.telemetry.metrics import Metrics
-
-_Running = tuple[Choice, AttentionClient]
 
 
 class Stream:
@@ -29,27 +27,27 @@ class Stream:
         self._queue_s: float | None = None
         self._job = job
         self._metrics = metrics
-        self._pool = pool
         self._admission = admission
         self._waiting: set[str] = set()  # choices without a token yet
-        self._tried: dict[str, list[AttentionClient]] = {}  # the workers that a choice has lost or was refused by
         self._started = time.perf_counter()
-        self._inbox = Inbox()
-        self._running: dict[str, _Running] = {}
+        self._placement = Placement(pool, metrics, job.terms.session)
+        self._inbox = self._placement.inbox
+        self._running: dict[str, Choice] = {}
 
     def submit(self, choices: Sequence[Choice]) -> None:
         """Raises Unavailable, QueueFull among them. What was submitted before that is running, and `cancel` ends it."""
         self._admission.enter(len(choices))
         self._waiting.update(choice.request.request_id for choice in choices)
         for choice in choices:
-            client = self._pool.submit(choice.request, self._inbox, self._job.terms.session)
-            self._running[choice.request.request_id] = (choice, client)
+            self._placement.start(choice.request)
+            self._running[choice.request.request_id] = choice
         self._metrics.prompt_tokens.inc(self._job.num_prompt_tokens)
 
     async def next(self) -> list[Delta]:
         """What came since the last call, in order; [] when every choice has ended.
 
-        Raises RequestError or Unavailable when a worker refuses, fails or is lost.
+        A choice whose worker is lost goes on at another, and here it only pauses. Raises RequestError or Unavailable
+        when a worker refuses or fails, or no other can take over.
         """
         deltas: list[Delta] = []
         while self._running and not deltas:  # what a choice sent before it learned of its stop string is no delta
@@ -76,8 +74,8 @@ class Stream:
 
     def cancel(self, reason: str) -> None:
         """Ends at the workers what has not ended by itself, counted as `reason` in the metrics."""
-        for request_id, (_, client) in self._running.items():
-            client.cancel(request_id)
+        for request_id in self._running:
+            self._placement.cancel(request_id)
             self._metrics.finished(reason, time.perf_counter() - self._started)
         self._running.clear()
         self._admission.give_up(len(self._waiting))
@@ -95,55 +93,44 @@ class Stream:
 
     def _accept_token(self, request_id: str, token_id: int) -> Sequence[Delta]:
         """None for a choice that has ended."""
-        running = self._running.get(request_id)
-        return () if running is None else (self._took(request_id, running, running[0].accept_token(token_id), None),)
+        choice = self._running.get(request_id)
+        return () if choice is None else (self._took(choice, choice.accept_token(token_id), None),)
 
     def _accept(self, output: GenerateOutput) -> Sequence[Delta]:
         """Nothing where the choice goes on at another worker."""
-        choice, client = running = self._running[output.request_id]
+        choice = self._running[output.request_id]
         if output.finish_reason in ("error", "cancelled"):
-            if output.refused and self._try_another(choice, client):
+            ending = self._placement.move(choice, output) if output.refused else output
+            if ending is None:
                 return ()
             del self._running[output.request_id]
+            self._placement.ended(output.request_id)
             self._metrics.finished("error", time.perf_counter() - self._started)
-            raise self._error(output, client)
+            raise self._error(ending)
         if choice.index % self._job.n == 0:
             self.num_cached += output.cached_tokens
         if output.queue_s is not None:
             self._queue_s = max(output.queue_s, self._queue_s or 0.0)
             self._metrics.queue_time.observe(output.queue_s)
-        return (self._took(output.request_id, running, choice.accept(output), output.finish_reason),)
+        return (self._took(choice, choice.accept(output), output.finish_reason),)
 
-    def _error(self, output: GenerateOutput, client: AttentionClient) -> RequestError | Unavailable:
+    def _error(self, output: GenerateOutput) -> RequestError | Unavailable:
         if output.client_error:
             return RequestError(output.error)
         if output.refused == "full":
             return QueueFull(output.error, retry_after_s=self._admission.retry_after_s)
-        return Unavailable(output.error or f"{client.peer} cancelled the request")
+        return Unavailable(output.error or "the attention worker cancelled the request")
 
-    def _try_another(self, choice: Choice, client: AttentionClient) -> bool:
-        """Sends a choice that has no token yet to a worker that has not had it; False where that cannot be."""
-        request_id = choice.request.request_id
-        if request_id not in self._waiting:
-            return False
-        tried = self._tried.setdefault(request_id, [])
-        tried.append(client)
-        try:
-            another = self._pool.submit(choice.request, self._inbox, self._job.terms.session, tried)
-        except (Unavailable, TransportError):
-            return False  # what the first one said says more
-        self._running[request_id] = (choice, another)
-        self._metrics.retries.inc()
-        return True
-
-    def _took(self, request_id: str, running: _Running, delta: Delta, said: FinishReason | None) -> Delta:
+    def _took(self, choice: Choice, delta: Delta, said: FinishReason | None) -> Delta:
         """Follows what `delta` means for its choice. `said` is how the worker said that it ends, if it did."""
-        choice, client = running
         self._measure(choice, len(delta.tokens))
         if delta.finish_reason is not None:
+            request_id = choice.request.request_id
             del self._running[request_id]
             if said is None:
-                client.cancel(request_id)  # a stop string ended it: the worker does not know
+                self._placement.cancel(request_id)  # a stop string ended it: the worker does not know
+            else:
+                self._placement.ended(request_id)
             self._metrics.finished(delta.finish_reason, time.perf_counter() - self._started)
             self._finish_reasons.append(delta.finish_reason)
             if choice.num_tokens > 1 and choice.first_token_at is not None and choice.last_token_at is not None:

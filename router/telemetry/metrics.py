@@ -73,6 +73,11 @@ class Metrics:
             "Requests sent to another worker because the first was lost, or refused, before their first token.",
             registry=registry,
         )
+        self.replays = Counter(
+            "afd_replays",
+            "Requests that went on at another worker behind the tokens they had, because theirs was lost.",
+            registry=registry,
+        )
         self.http_errors = Counter(
             "afd_http_errors",
             "Error answers to any request, by HTTP status; of one that ends a stream, the status it would have had. "

@@ -45,6 +45,7 @@ def settings(tokenizer_json: Path) -> RouterSettings:
         tokenizer_config={"chat_template": CHAT_TEMPLATE, "eos_token": EOS},
         poll_s=0.02,
         drain_s=5.0,
+        replay_s=0.0,
     )
 
 

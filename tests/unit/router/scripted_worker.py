@@ -68,6 +68,25 @@ class Say:
             yield GenerateOutput(request.request_id, (token,), finish, stop)
 
 
+class Tape:
+    """A script: these tokens, one a step, from wherever the request stands, the token at place i with logprob -i. An
+    answer that comes to `until` tokens here waits there for `released`."""
+
+    def __init__(self, token_ids: Sequence[int], until: int | None = None, finish: str = "stop") -> None:
+        self.token_ids, self.until, self.finish = list(token_ids), until, finish
+        self.released = threading.Event()
+
+    async def __call__(self, request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
+        ids, begin = self.token_ids[: request.sampling.max_tokens], len(request.generated_token_ids)
+        assert tuple(ids[:begin]) == request.generated_token_ids, "not the answer that it began with"
+        for place, token_id in enumerate(ids[begin:], begin):
+            while place == self.until and not self.released.is_set():
+                await asyncio.sleep(0.005)
+            finish = None if place < len(ids) - 1 else "length" if len(ids) < len(self.token_ids) else self.finish
+            logprob = None if request.sampling.logprobs is None else -float(place)
+            yield GenerateOutput(request.request_id, (SampledToken(token_id, logprob),), finish)
+
+
 async def refuse(request: GenerateRequest) -> AsyncIterator[GenerateOutput]:
     """A script: the engine finds the request at fault."""
     yield GenerateOutput(request.request_id, (), "error", error="temperature is odd", client_error=True)
@@ -107,6 +126,7 @@ class ScriptedWorker(AttentionServicer):
         self.max_context = 0  # in Status; 0: does not say
         self.state = "ready"
         self.busy_tokens = 0  # what it computes for others
+        self.answers_status = True
         self.on_status: Callable[[], None] = lambda: None
         self.steps_on_status = 0  # how many steps every Status call finds done since the last
         self._do(self._start())
@@ -172,6 +192,8 @@ class ScriptedWorker(AttentionServicer):
             self.streams_ended.put(None)
 
     async def Status(self, request, context):
+        while not self.answers_status:
+            await asyncio.sleep(0.01)
         self.on_status()
         self.steps += self.steps_on_status
         return status_to_proto(

@@ -199,20 +199,6 @@ def test_a_request_without_a_token_goes_on_at_another_worker_when_its_own_is_los
     other.die()
 
 
-def test_a_stream_that_has_begun_does_not_go_on_at_another_worker(start, settings, worker, say):
-    other = ScriptedWorker(say("from the other"), attention_rank=1)
-    worker.script = endless
-    router = start(settings, worker, other)
-    with router.http.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as response:
-        lines = response.iter_lines()
-        next(lines)
-        worker.die()
-        events = [line for line in lines if line]
-    assert "attention worker 0" in json.loads(events[-1].removeprefix("data: "))["error"]["message"]
-    assert other.submitted.empty()
-    other.die()
-
-
 @pytest.mark.parametrize(("refused", "status"), [("unavailable", 503), ("full", 429)])
 def test_a_refusal_is_tried_elsewhere_once_each_and_then_told(start, settings, worker, say, refused, status):
     other = ScriptedWorker(say("from the other"), attention_rank=1)

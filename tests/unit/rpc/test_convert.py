@@ -55,6 +55,8 @@ requests = st.builds(
     st.integers(-(2**31), 2**31 - 1),
     st.text(),
     st.text(),
+    st.lists(ids, max_size=5).map(tuple),
+    st.booleans(),
 )
 tokens = st.one_of(
     st.builds(SampledToken, ids),
