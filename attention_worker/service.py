@@ -17,10 +17,12 @@ from typing import TypeVar
 
 import grpc
 
+from afd.credentials import OPEN, Credentials
 from afd.errors import RequestError, TransportError
 from afd.rpc import attention_pb2 as pb
 from afd.rpc import attention_pb2_grpc as pb_grpc
 from afd.rpc import convert
+from afd.rpc.secure import AioGuard, open_port, server_options
 from afd.rpc.steps import StepWriter
 from afd.types import GenerateOutput
 from attention_worker.engine import Engine
@@ -31,14 +33,23 @@ T = TypeVar("T")
 Outputs = list[tuple[int, GenerateOutput]]
 Status = Callable[[], pb.StatusReply]
 
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 16 << 20),  # a prompt of three million tokens
+    ("grpc.max_send_message_length", -1),  # one message carries a whole step, logprobs included
+    ("grpc.keepalive_time_ms", 10_000),  # a router whose machine is gone says nothing of it
+    ("grpc.keepalive_timeout_ms", 5_000),
+]
+
 
 class Service:
     """Serves until `stop`. `publish` is the engine's; the engine itself comes later, with `serve_engine`, since it
-    needs `publish` to be built."""
+    needs `publish` to be built. A router that takes nothing of what it is sent for `deadline_s` seconds is cut off."""
 
-    def __init__(self, status: Status, bind: str) -> None:
+    def __init__(self, status: Status, bind: str, credentials: Credentials = OPEN, deadline_s: float = 30.0) -> None:
         self._status = status
         self._bind = bind
+        self._credentials = credentials
+        self._deadline_s = deadline_s
         self._engine: Engine | None = None
         self._queues: dict[int, asyncio.Queue[list[GenerateOutput]]] = {}
         self._owners = itertools.count()
@@ -72,10 +83,12 @@ class Service:
 
     async def _start(self) -> str:
         host = f"[{self._bind}]" if ":" in self._bind and "[" not in self._bind else self._bind  # IPv6
-        self._server = grpc.aio.server()
+        self._server = grpc.aio.server(
+            interceptors=[AioGuard(self._credentials)], options=[*server_options(), *_OPTIONS]
+        )
         pb_grpc.add_AttentionServicer_to_server(_Servicer(self), self._server)  # type: ignore[no-untyped-call]
         try:
-            port = self._server.add_insecure_port(f"{host}:0")
+            port = open_port(self._server, host, 0, self._credentials)
         except RuntimeError as error:
             raise TransportError(f"cannot listen on {self._bind} (transport.bind): {error}") from error
         await self._server.start()
@@ -95,13 +108,17 @@ class Service:
         queue = self._queues[owner] = asyncio.Queue()
         writer = StepWriter()
         reader = asyncio.ensure_future(self._read(owner, messages, queue, writer))
+        patience = _Patience(self._deadline_s)
         try:
             while True:
                 outputs = await queue.get()
                 if not outputs:
                     return
+                patience.begin()
                 yield writer.write(outputs)
+                patience.end()
         finally:
+            patience.stop()
             reader.cancel()
             del self._queues[owner]
             if self._engine is not None:
@@ -144,6 +161,34 @@ class Service:
 
     def status_reply(self) -> pb.StatusReply:
         return self._status()
+
+
+class _Patience:
+    """Cancels the task that made it when a message is not taken for `limit_s` seconds. What it costs a message is two
+    looks at the clock."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._since: float | None = None  # the loop time at which the message that is under way was given to gRPC
+        self._timer = self._loop.call_later(limit_s / 4, self._look)
+
+    def begin(self) -> None:
+        self._since = self._loop.time()
+
+    def end(self) -> None:
+        self._since = None
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        if self._since is not None and self._loop.time() - self._since > self._limit_s:
+            log.warning("cut off a router that took nothing for %g s (transport.deadline_s)", self._limit_s)
+            if self._task is not None:
+                self._task.cancel()
+            return
+        self._timer = self._loop.call_later(self._limit_s / 4, self._look)
 
 
 class _Servicer(pb_grpc.AttentionServicer):

@@ -57,6 +57,7 @@ class Gateway:
             deadline_s=settings.deadline_s,
             connect_s=settings.connect_s,
             poll_s=settings.poll_s,
+            credentials=settings.credentials,
         )
         self._settings = settings
         self._metrics = Metrics(settings.usd_per_hour)

@@ -54,6 +54,7 @@ from afd.cluster.placement import demand, shortage
 from afd.cluster.roles import Roles
 from afd.cluster.servant import Outcome, Servant
 from afd.config import Deployment, Resources
+from afd.credentials import Credentials, for_run
 from afd.errors import ClusterError
 from afd.pipeline.timeline import Timelines
 from afd.types import ClusterView
@@ -147,8 +148,8 @@ class RayHost(Host):
 class RayController(Controller):
     """The controller as an actor builds it: running from the first call."""
 
-    def __init__(self, deployment: Deployment, roles: Roles, epoch: int) -> None:
-        super().__init__(deployment, RayHost(), roles, epoch)
+    def __init__(self, deployment: Deployment, roles: Roles, epoch: int, credentials: Credentials) -> None:
+        super().__init__(deployment, RayHost(), roles, epoch, credentials)
         self.begin()
 
 
@@ -156,11 +157,11 @@ class RayCluster:
     """The driver's end of the controller actor (afd.cluster.controller.Cluster). A thread of its own keeps the view
     fresh, so that a controller that is slow to answer holds nobody up."""
 
-    def __init__(self, deployment: Deployment, roles: Roles) -> None:
-        epoch = new_epoch()
+    def __init__(self, deployment: Deployment, roles: Roles, credentials: Credentials | None = None) -> None:
+        epoch, credentials = new_epoch(), credentials or for_run(deployment)
         path = f"{RayController.__module__}:{RayController.__name__}"
         nothing = Resources(num_cpus=0)
-        self._controller = RayHost().spawn("controller", path, (deployment, roles, epoch), nothing)
+        self._controller = RayHost().spawn("controller", path, (deployment, roles, epoch, credentials), nothing)
         self._view = ClusterView(epoch, deployment.model, deployment.topology)
         self._asking = threading.Lock()  # so that no older view is stored over a newer one
         self._ended = threading.Event()
@@ -212,14 +213,18 @@ class RayCluster:
 
 
 @contextmanager
-def cluster(deployment: Deployment, roles: Roles = Roles()) -> Iterator[RayCluster]:  # noqa: B008
-    """A running cluster on Ray. Yields at once; on the way out every actor is ended, and a Ray of our own removed.
+def cluster(
+    deployment: Deployment,
+    roles: Roles = Roles(),  # noqa: B008
+    credentials: Credentials | None = None,
+) -> Iterator[RayCluster]:
+    """A running cluster on Ray. Yields at once; `credentials` None: with a token of its own; on the way out every actor is ended, and a Ray of our own removed.
 
     Call it from a thread that outlives the cluster: the kernel ends Ray's processes with the thread that started them.
     Raises ClusterError when Ray cannot start or be joined, or when a Ray of our own cannot hold the deployment.
     """
     with session(deployment):
-        running = RayCluster(deployment, roles)
+        running = RayCluster(deployment, roles, credentials)
         try:
             yield running
         finally:
@@ -289,20 +294,23 @@ def _short(error: Exception) -> str:
 
 def _start(deployment: Deployment, folder: str) -> None:
     """A Ray on this machine alone, with as many logical CPUs as the workers reserve, whatever the machine has."""
-    ray.init(
-        address="local",
-        _node_ip_address="127.0.0.1",
-        num_cpus=math.ceil(demand(deployment).get("CPU", 0.0)) or 1,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        namespace=f"afd-{new_epoch()}",
-        _temp_dir=folder,
-    )
+    with env.without_secrets():
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            num_cpus=math.ceil(demand(deployment).get("CPU", 0.0)) or 1,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            namespace=f"afd-{new_epoch()}",
+            _temp_dir=folder,
+        )
 
 
 def _join(address: str) -> None:
-    settings = {name: os.environ[name] for name in env.KNOWN if name in os.environ}
+    settings = {
+        name: value for name, value in env.for_children().items() if name in env.KNOWN
+    }  # Ray shows and logs them
     ray.init(
         address=address,
         logging_level=logging.ERROR,

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 
+from afd.credentials import OPEN, Credentials
 from afd.errors import TransportError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
 from afd.rpc.convert import AttentionStatus
@@ -57,13 +58,21 @@ class Pool:
     """`watch` gives the latest cluster view; it must be cheap. `start` and `close` on the loop that uses the pool."""
 
     def __init__(
-        self, watch: Callable[[], ClusterView], policy: Policy, *, deadline_s: float, connect_s: float, poll_s: float
+        self,
+        watch: Callable[[], ClusterView],
+        policy: Policy,
+        *,
+        deadline_s: float,
+        connect_s: float,
+        poll_s: float,
+        credentials: Credentials = OPEN,
     ) -> None:
         self._watch = watch
         self._policy = policy
         self._deadline_s = deadline_s
         self._connect_s = connect_s
         self._poll_s = poll_s
+        self._credentials = credentials
         self._members: dict[int, Member] = {}  # by attention_rank
         self._broken: dict[str, float] = {}  # address: loop time at which its last connection ended
         self._wake = asyncio.Event()
@@ -204,7 +213,11 @@ class Pool:
         peer = f"attention worker {member.worker.rank}"
         try:
             client = await AttentionClient.connect(
-                member.worker.address, peer=peer, deadline_s=self._connect_s, on_lost=self._wake.set
+                member.worker.address,
+                peer=peer,
+                deadline_s=self._connect_s,
+                on_lost=self._wake.set,
+                credentials=self._credentials,
             )
         except TransportError as error:
             log.warning("%s", error)
