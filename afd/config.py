@@ -94,9 +94,9 @@ class FfnSection(_Section):
 
 
 class TlsSection(_Section):
-    """Certificates for the gRPC between workers and routers: PEM files, read by each process where it runs. Both ends of
-    a connection show one, and take only those of `ca`. `name` is in every worker's; None: each worker's has the address
-    that it listens on."""
+    """Certificates for the gRPC between workers and routers: PEM files, read by each process where it runs. Both ends
+    of a connection show one, and take only those of `ca`. `name` is in every worker's; None: each worker's has the
+    address that it listens on."""
 
     cert: str = Field(min_length=1)
     key: str = Field(min_length=1)
@@ -114,9 +114,7 @@ class TransportSection(_Section):
     # Poll this long before sleeping; auto: 2000 where every worker of the host can have a core, else 50.
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] | Literal["auto"] = "auto"
     dispatch_dtype: Literal["auto", "bf16", "fp8"] = "auto"  # auto: the model's; combines are always in the model's
-    token_file: str | None = Field(
-        None, min_length=1
-    )  # the cluster's token; None: AFD_CLUSTER_TOKEN, or one for the run
+    token_file: str | None = Field(None, min_length=1)  # None: AFD_CLUSTER_TOKEN, or a token for the run
     tls: TlsSection | None = None  # None: gRPC in plain text
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from afd.errors import ConfigError
 KNOWN = {
     "AFD_API_KEYS": "keys that clients must send, separated by commas; afd's own commands send the first",
     "AFD_CACHE": "folder for prepared models (default ~/.cache/afd)",
-    "AFD_CLUSTER_TOKEN": "what workers and routers show each other, at least 16 characters (default: made for each run)",
+    "AFD_CLUSTER_TOKEN": "what workers and routers show each other, 16 characters or more (default: one for each run)",
     "AFD_KERNELS": "auto: compiled CPU kernels where there is a compiler; native: insist on them; plain: torch only",
     "AFD_LOG": "log level: debug, info, warning or error (default info)",
     "AFD_LOG_FORMAT": "text, or json: one object a line (default text)",

@@ -33,8 +33,8 @@ GIB = 1 << 30
 
 
 class AttentionWorker:
-    """One attention_rank. `epoch` names the run; `workers_on_host` share this host's cores and memory; `credentials` are
-    asked of routers, and shown to FFN workers."""
+    """One attention_rank. `epoch` names the run; `workers_on_host` share this host's cores and memory; `credentials`
+    are asked of routers, and shown to FFN workers."""
 
     def __init__(
         self,

@@ -218,7 +218,8 @@ def cluster(
     roles: Roles = Roles(),  # noqa: B008
     credentials: Credentials | None = None,
 ) -> Iterator[RayCluster]:
-    """A running cluster on Ray. Yields at once; `credentials` None: with a token of its own; on the way out every actor is ended, and a Ray of our own removed.
+    """A running cluster on Ray. Yields at once; on the way out every actor is ended, and a Ray of our own removed.
+    `credentials` None: with a token of its own.
 
     Call it from a thread that outlives the cluster: the kernel ends Ray's processes with the thread that started them.
     Raises ClusterError when Ray cannot start or be joined, or when a Ray of our own cannot hold the deployment.
@@ -308,9 +309,8 @@ def _start(deployment: Deployment, folder: str) -> None:
 
 
 def _join(address: str) -> None:
-    settings = {
-        name: value for name, value in env.for_children().items() if name in env.KNOWN
-    }  # Ray shows and logs them
+    # No secrets: Ray shows and logs what is here.
+    settings = {name: value for name, value in env.for_children().items() if name in env.KNOWN}
     ray.init(
         address=address,
         logging_level=logging.ERROR,

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from afd.credentials import OPEN, Credentials
-from afd.errors import PeerTimeout
+from afd.errors import PeerLost, PeerTimeout
 from afd.rpc import attention_pb2 as pb
 from afd.rpc import secure
 from afd.rpc.attention_pb2_grpc import AttentionStub
