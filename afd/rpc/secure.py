@@ -83,7 +83,7 @@ def lost(error: Any, peer: str, where: str) -> TransportError:
     code, details = error.code(), error.details() or "no details"
     if code is grpc.StatusCode.UNAUTHENTICATED:
         return Unauthenticated(f"{peer} refused the connection on {where}: {details}", peer=peer)
-    if "handshake failed" in details.lower():
+    if any(said in details for said in ("handshake failed", "Verification Check failed")):  # BoringSSL, gRPC
         return Unauthenticated(f"no TLS handshake with {peer} on {where} (transport.tls): {details}", peer=peer)
     return PeerLost(f"{peer} is gone: {code.name} on {where} ({details})", peer=peer)
 

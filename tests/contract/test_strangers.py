@@ -20,6 +20,7 @@ import grpc
 import pytest
 import torch.distributed
 
+from afd.credentials import Credentials
 from afd.errors import HandshakeRefused, TransportError
 from afd.transport import shm
 from afd.transport.handshake import hello_packet
@@ -279,7 +280,7 @@ def test_a_knock_at_the_collective_door_that_is_no_hello_gets_a_refusal_and_dist
 )
 def test_an_address_that_cannot_be_bound_is_named(bind: str, said: str) -> None:
     with pytest.raises(TransportError) as caught:
-        open_ffn("grpc", bind=bind)
+        open_ffn("grpc", bind=bind, credentials=Credentials("a token for this test"))
     assert said in str(caught.value)
 
 
