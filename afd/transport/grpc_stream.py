@@ -87,14 +87,19 @@ class _GrpcLink(Link):
     def send(self, frame: Frame) -> None:
         if self._inbox.ended:
             raise PeerLost(f"{self.peer} is gone", peer=self.peer)
-        if self._outbox.qsize() > self.hello.microbatches:  # one that reads has an answer before it asks again
-            raise PeerLost(f"{self.peer} does not read: {self._outbox.qsize()} frames wait for it", peer=self.peer)
+        if (waiting := self._outbox.qsize()) > self.hello.microbatches:  # who reads, answers before the next
+            self._cut()
+            raise PeerLost(f"{self.peer} does not read: {waiting} frames wait for it", peer=self.peer)
         self._outbox.put(wrap(encode(frame)))
 
     def arrived(self, message: bytes) -> bytes:
         """Any thread, as gRPC's deserializer: takes in a message of the peer."""
         self._inbox.put(message)
         return message
+
+    def _cut(self) -> None:
+        """Breaks the stream off: what is still to be sent would wait for ever."""
+        raise NotImplementedError
 
     def try_receive(self) -> Frame | None:
         message = self._inbox.take()
@@ -179,6 +184,9 @@ class _ClientLink(_GrpcLink):
             why = lost(error, self.peer, f"grpc:{self._address}")
         self._ended(why)
 
+    def _cut(self) -> None:
+        self._call.cancel()
+
     def close(self) -> None:
         super().close()
         self._reader.join(_CLOSE_S)
@@ -190,13 +198,17 @@ class _ClientLink(_GrpcLink):
 class _ServerLink(_GrpcLink):
     """The FFN side's end, which lives in the handler of one stream."""
 
-    def __init__(self, hello: Hello, stream: _Stream) -> None:
+    def __init__(self, hello: Hello, stream: _Stream, context: grpc.ServicerContext) -> None:
         super().__init__(f"attention_rank {hello.attention_rank}", hello, hello.dispatch_bytes)
+        self._context = context
         stream.link = self
 
-    def serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _cut(self) -> None:
+        self._context.cancel()
+
+    def serve(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Runs both directions until either end closes."""
-        if not context.add_callback(lambda: self._ended("its stream broke off")):
+        if not self._context.add_callback(lambda: self._ended("its stream broke off")):
             self._ended("its stream broke off")
         reader = threading.Thread(target=self._read, args=(requests,), name=f"afd-grpc-{self.peer}", daemon=True)
         reader.start()
@@ -278,14 +290,14 @@ class GrpcListener(Listener):
         if first is None:
             return
         hello, welcome = answer(self._expected, first)
-        link = None if hello is None else _ServerLink(hello, stream)  # before the peer may send frames
+        link = None if hello is None else _ServerLink(hello, stream, context)  # before the peer may send frames
         yield welcome
         if link is None:
             return
         if not self._accepted.put(link):
             link.close()
             return
-        yield from link.serve(requests, context)
+        yield from link.serve(requests)
 
     def try_accept(self) -> Link | None:
         return self._accepted.take()

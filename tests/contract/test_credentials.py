@@ -178,9 +178,11 @@ def test_a_worker_whose_certificate_is_another_authoritys_or_another_names_is_no
     """Whoever took over a worker's address would get activations and the token."""
     mine = replace(OURS, tls=ours.gives("worker", "IP:127.0.0.1"))
     for impostor in (theirs.gives("impostor", "IP:127.0.0.1", ca=ours.ca), ours.gives("other", "IP:192.0.2.7")):
-        with ffn_worker("grpc", credentials=replace(OURS, tls=impostor)) as ffn:
-            with pytest.raises(Unauthenticated, match=r"^no TLS handshake with ffn_rank 0 on grpc:.*\(transport.tls\)"):
-                attention("grpc", [ffn.port.address], credentials=mine).__enter__()
+        with (
+            ffn_worker("grpc", credentials=replace(OURS, tls=impostor)) as ffn,
+            pytest.raises(Unauthenticated, match=r"^no TLS handshake with ffn_rank 0 on grpc:.*\(transport.tls\)"),
+        ):
+            attention("grpc", [ffn.port.address], credentials=mine).__enter__()
 
 
 def test_one_certificate_for_all_machines_has_a_name(ours: certificates.Authority) -> None:

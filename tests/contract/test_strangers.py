@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ import torch.distributed
 
 from afd.credentials import Credentials
 from afd.errors import HandshakeRefused, TransportError
-from afd.transport import shm
+from afd.rpc import secure
+from afd.transport import grpc_stream, shm
+from afd.transport.frame import Frame, FrameKind, encode
 from afd.transport.handshake import hello_packet
 from afd.transport.ports import AttentionPort
 from afd.transport.shm_link import Region
+from tests import raw_grpc
 from tests.contract.pairs import (
     HELLO,
     KINDS,
@@ -243,6 +246,75 @@ def test_a_grpc_message_that_is_no_frame_cuts_off_its_sender_only(
         works(port)
     assert "attention_rank 5" in caplog.text
     assert "frame" in caplog.text
+
+
+EXCHANGE = "/afd.rpc.Ffn/Exchange"
+
+
+def test_a_grpc_client_that_does_not_read_its_answers_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    """They would pile up: gRPC sends no more than the client takes."""
+    y, hello = tokens(HELLO.max_tokens), replace(HELLO, attention_rank=5)
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        with grpc.insecure_channel(ffn.port.address.grpc) as channel:
+            cut = threading.Event()
+
+            def requests() -> Iterator[bytes]:
+                yield hello_packet(hello)
+                for sequence in range(1000):
+                    if cut.wait(0.0005):
+                        return
+                    dispatch = Frame(FrameKind.DISPATCH, HELLO.epoch, 5, 0, 0, 0, 0, sequence, len(y), y, None, None)
+                    yield grpc_stream.wrap(encode(dispatch))
+
+            call = channel.stream_stream(EXCHANGE)(requests())
+            settle(lambda: int("attention_rank 5 does not read" not in caplog.text), 0)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            cut.set()
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
+        works(port)
+    assert f"attention_rank 5 does not read: {HELLO.microbatches + 1} frames wait for it" in caplog.text
+
+
+def test_grpc_clients_that_stop_half_way_are_shown_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (secure, grpc_stream):
+        monkeypatch.setattr(module, "HANDSHAKE_S" if module is secure else "_HANDSHAKE_S", 0.5)
+    with ExitStack() as stack:
+        ffn = stack.enter_context(ffn_worker("grpc"))
+        port = stack.enter_context(attention("grpc", [ffn.port.address]))
+        address = ffn.port.address.grpc
+        halves = (b"", b"PRI", raw_grpc.PREFACE)  # no byte, half a preface, a preface without settings
+        clients = [stack.enter_context(raw_grpc.connection(address, SOON_S)) for _ in range(20 * len(halves))]
+        for client, half in zip(clients, halves * 20, strict=True):
+            client.sendall(half)
+        speechless = stack.enter_context(raw_grpc.connection(address, SOON_S))
+        raw_grpc.call(speechless, EXCHANGE, ())
+        works(port)
+        assert all(raw_grpc.is_ended(client) for client in [*clients, speechless])
+        works(port, 1)
+    assert "said nothing for 0.5 s and was shown out" in caplog.text
+
+
+@pytest.mark.parametrize("claimed", [2**31 - 1, 2**32 - 1, HELLO.dispatch_bytes + 2000])
+def test_a_grpc_message_that_claims_to_be_larger_than_a_frame_can_be_is_not_waited_for(claimed: int) -> None:
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        with raw_grpc.connection(ffn.port.address.grpc, SOON_S) as client:
+            raw_grpc.call(client, EXCHANGE, (), raw_grpc.message_of(claimed, bytes(1000)))
+            assert raw_grpc.is_ended(client)
+        works(port)
+
+
+def test_a_grpc_message_larger_than_a_frame_can_be_is_refused_with_the_limit(caplog: pytest.LogCaptureFixture) -> None:
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        requests = iter([hello_packet(replace(HELLO, attention_rank=5)), bytes(1 << 20)])
+        with grpc.insecure_channel(ffn.port.address.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream(EXCHANGE)(requests))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "larger than max (1048576 vs." in (caught.value.details() or "")
+        works(port)
+        settle(lambda: int("attention_rank 5 is gone" not in caplog.text), 0)
 
 
 def test_garbage_on_the_collective_port_disturbs_nobody() -> None:
