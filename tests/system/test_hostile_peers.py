@@ -54,7 +54,7 @@ def doors(server: Serving) -> dict[str, str]:
             for c in psutil.Process(server.worker(role)["pid"]).net_connections("inet")
             if c.status == psutil.CONN_LISTEN
         ]
-        found[role] = f"{listening.ip}:{listening.port}"
+        found[role] = f"{listening.ip.removeprefix('::ffff:')}:{listening.port}"
     return found
 
 
@@ -69,7 +69,7 @@ def tokens_of_a_stream(server: Serving, started: threading.Event) -> list[int]:
                 chunk = httpx.Response(200, text=line.removeprefix("data: ")).json()
                 assert "error" not in chunk, chunk
                 started.set()
-                found += [token for choice in chunk["choices"] for token in choice["token_ids"]]
+                found += [token for choice in chunk["choices"] for token in choice.get("token_ids") or []]
     return found
 
 
