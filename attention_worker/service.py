@@ -13,12 +13,13 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from afd.credentials import OPEN, Credentials
-from afd.errors import RequestError, TransportError
+from afd.errors import FrameError, RequestError, TransportError
 from afd.rpc import attention_pb2 as pb
 from afd.rpc import attention_pb2_grpc as pb_grpc
 from afd.rpc import convert
@@ -86,7 +87,7 @@ class Service:
         self._server = grpc.aio.server(
             interceptors=[AioGuard(self._credentials)], options=[*server_options(), *_OPTIONS]
         )
-        pb_grpc.add_AttentionServicer_to_server(_Servicer(self), self._server)  # type: ignore[no-untyped-call]
+        pb_grpc.add_AttentionServicer_to_server(_Servicer(self, self._deadline_s), self._server)  # type: ignore[no-untyped-call]
         try:
             port = open_port(self._server, host, 0, self._credentials)
         except RuntimeError as error:
@@ -103,22 +104,19 @@ class Service:
                 self._queues[owner].put_nowait(mine)
 
     async def serve_stream(self, messages: AsyncIterator[pb.RouterMessage]) -> AsyncGenerator[pb.StepOutputs, None]:
-        """One router connection, from its first message to its end."""
+        """One router connection, from its first message to its end. Raises FrameError for bytes that are no message."""
         owner = next(self._owners)
         queue = self._queues[owner] = asyncio.Queue()
         writer = StepWriter()
         reader = asyncio.ensure_future(self._read(owner, messages, queue, writer))
-        patience = _Patience(self._deadline_s)
         try:
             while True:
                 outputs = await queue.get()
                 if not outputs:
+                    await reader  # raises what ended it
                     return
-                patience.begin()
                 yield writer.write(outputs)
-                patience.end()
         finally:
-            patience.stop()
             reader.cancel()
             del self._queues[owner]
             if self._engine is not None:
@@ -137,6 +135,8 @@ class Service:
                 refusal = self._take(owner, message, writer)
                 if refusal is not None:
                     queue.put_nowait([refusal])
+        except DecodeError as error:
+            raise FrameError("the router sent bytes that are no RouterMessage") from error
         finally:
             queue.put_nowait([])
 
@@ -164,47 +164,59 @@ class Service:
 
 
 class _Patience:
-    """Cancels the task that made it when a message is not taken for `limit_s` seconds. What it costs a message is two
-    looks at the clock."""
+    """Cancels the task that made it when a message is not taken for `limit_s` seconds. It costs a message two looks at
+    the clock, where a time-out of its own would cost a task."""
 
     def __init__(self, limit_s: float) -> None:
+        self.over = False
         self._limit_s = limit_s
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
         self._since: float | None = None  # the loop time at which the message that is under way was given to gRPC
         self._timer = self._loop.call_later(limit_s / 4, self._look)
 
-    def begin(self) -> None:
+    def __enter__(self) -> None:
         self._since = self._loop.time()
 
-    def end(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._since = None
 
     def stop(self) -> None:
         self._timer.cancel()
 
     def _look(self) -> None:
-        if self._since is not None and self._loop.time() - self._since > self._limit_s:
-            log.warning("cut off a router that took nothing for %g s (transport.deadline_s)", self._limit_s)
-            if self._task is not None:
-                self._task.cancel()
-            return
-        self._timer = self._loop.call_later(self._limit_s / 4, self._look)
+        if self._since is None or self._loop.time() - self._since <= self._limit_s:
+            self._timer = self._loop.call_later(self._limit_s / 4, self._look)
+        elif self._task is not None:
+            self.over = self._task.cancel()
 
 
 class _Servicer(pb_grpc.AttentionServicer):
-    """gRPC's names for the above. grpc.aio tells a streaming handler by its being an async generator itself."""
+    """gRPC's names for the above."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, deadline_s: float) -> None:
         self._service = service
+        self._deadline_s = deadline_s
 
-    async def Serve(
-        self,
-        request_iterator: AsyncIterator[pb.RouterMessage],
-        context: object,  # noqa: ARG002
-    ) -> AsyncIterator[pb.StepOutputs]:
-        async with contextlib.aclosing(self._service.serve_stream(request_iterator)) as steps:
-            async for outputs in steps:
-                yield outputs
+    async def Serve(self, request_iterator: AsyncIterator[pb.RouterMessage], context: Any) -> None:
+        patience = _Patience(self._deadline_s)
+        try:
+            async with contextlib.aclosing(self._service.serve_stream(request_iterator)) as steps:
+                async for outputs in steps:
+                    with patience:
+                        await context.write(outputs)
+        except FrameError as error:
+            await self._end(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except asyncio.CancelledError:
+            if not patience.over:
+                raise
+            sentence = f"the router took nothing for {self._deadline_s:g} s (transport.deadline_s)"
+            await self._end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
+        finally:
+            patience.stop()
+
+    async def _end(self, context: Any, code: grpc.StatusCode, sentence: str) -> None:
+        log.warning("cut off %s: %s", context.peer(), sentence)
+        await context.abort(code, sentence)
 
     async def Status(self, request: pb.StatusRequest, context: object) -> pb.StatusReply:  # noqa: ARG002
         return self._service.status_reply()
