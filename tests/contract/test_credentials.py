@@ -166,9 +166,9 @@ def test_who_shows_no_certificate_or_another_authoritys_is_not_let_in(
     with ffn_worker("grpc", credentials=mine) as ffn, door(mine) as (_, address):
         for shown in (OURS, forged):
             with pytest.raises((PeerLost, PeerTimeout), match="ffn_rank 0"):
-                attention("grpc", [ffn.port.address], connect_s=0.5, credentials=shown).__enter__()
+                attention("grpc", [ffn.port.address], connect_s=0.2, credentials=shown).__enter__()
             with pytest.raises((PeerLost, PeerTimeout), match="attention worker 0"):
-                status(address, shown, deadline_s=0.5)
+                status(address, shown, deadline_s=0.2)
         assert ffn.port.connected == frozenset()
 
 

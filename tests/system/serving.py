@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+from afd.config import TlsSection
+
 # The command as a user has it: beside the Python that runs the tests.
 AFD = str(Path(sys.executable).with_name("afd"))
 READY = re.compile(r"is served at (\S+)/v1")
@@ -25,13 +27,15 @@ READY = re.compile(r"is served at (\S+)/v1")
 
 @dataclass
 class Serving:
-    """A running server. `lines` is what it printed so far; `api_key`: what it wants to be asked with."""
+    """A running server. `lines` is what it printed so far; `api_key`: what it wants to be asked with; `tls`: of its
+    workers."""
 
     process: subprocess.Popen[str]
     url: str = ""
     start_s: float = 0.0
     lines: list[str] = field(default_factory=list)
     api_key: str = ""
+    tls: TlsSection | None = None
 
     def status(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}

@@ -4,6 +4,7 @@ while a stream beside it gives the tokens it gives in peace."""
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from tests import raw_grpc, tiny
 from tests.system.serving import Serving, serving, until
 
 OURS, THEIRS = Credentials("the-token-of-this-cluster"), Credentials("the-token-of-another-one")
-DEADLINE_S = 4.0
+DEADLINE_S = 3.0
 DEPLOYMENT = """
 transport: {{kind: grpc, deadline_s: {deadline_s}, token_file: {token_file}}}
 cluster: {{backend: local}}
@@ -58,8 +59,24 @@ def doors(server: Serving) -> dict[str, str]:
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def half_way(doors: dict[str, str]) -> Iterator[list[socket.socket]]:
+    """A hundred connections to each door that say nothing, or half of what they should, while the other tests run; and
+    a call that never says Hello."""
+    halves = (b"", b"PRI * HT", raw_grpc.PREFACE, raw_grpc.PREFACE + raw_grpc.frame(raw_grpc.SETTINGS, 0, 0)[:5])
+    with ExitStack() as stack:
+        clients = []
+        for address in doors.values():
+            for half in halves * 25:
+                clients.append(stack.enter_context(raw_grpc.connection(address, SOON_S)))
+                clients[-1].sendall(half)
+        clients.append(stack.enter_context(raw_grpc.connection(doors["ffn"], SOON_S)))
+        raw_grpc.call(clients[-1], EXCHANGE, secure.metadata(OURS))
+        yield clients
+
+
 def tokens_of_a_stream(server: Serving, started: threading.Event) -> list[int]:
-    body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 300, "temperature": 0, "ignore_eos": True}
+    body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 150, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "return_token_ids": True}
     found: list[int] = []
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60.0) as response:
@@ -81,7 +98,7 @@ def in_peace(server: Serving) -> list[int]:
 @pytest.fixture
 def beside(server: Serving, in_peace: list[int]) -> Iterator[None]:
     """A stream that is under way when the test begins, and must end as it does in peace."""
-    assert len(in_peace) == 300
+    assert len(in_peace) == 150
     with ThreadPoolExecutor(1) as pool:
         started = threading.Event()
         stream = pool.submit(tokens_of_a_stream, server, started)
@@ -155,22 +172,6 @@ def test_a_frame_of_two_gib_is_refused_when_it_is_announced(server: Serving, doo
 
 
 @pytest.mark.usefixtures("beside")
-def test_connections_that_never_say_what_they_want_are_shown_out(server: Serving, doors: dict[str, str]) -> None:
-    with ExitStack() as stack:
-        halves = (b"", b"PRI * HT", raw_grpc.PREFACE, raw_grpc.PREFACE + raw_grpc.frame(raw_grpc.SETTINGS, 0, 0)[:5])
-        clients = []
-        for address in doors.values():
-            for half in halves * 25:
-                client = stack.enter_context(raw_grpc.connection(address, SOON_S))
-                client.sendall(half)
-                clients.append(client)
-        silent = stack.enter_context(raw_grpc.connection(doors["ffn"], SOON_S))
-        raw_grpc.call(silent, EXCHANGE, secure.metadata(OURS))
-        assert all(raw_grpc.is_ended(client) for client in [*clients, silent])
-    said(server, "said nothing for 5 s and was shown out")
-
-
-@pytest.mark.usefixtures("beside")
 def test_a_router_that_takes_nothing_of_what_it_asked_for_is_cut_off(server: Serving, doors: dict[str, str]) -> None:
     asked, sentence = threading.Event(), f"the router took nothing for {DEADLINE_S:g} s (transport.deadline_s)"
 
@@ -188,3 +189,11 @@ def test_a_router_that_takes_nothing_of_what_it_asked_for_is_cut_off(server: Ser
             list(call)
         asked.set()
     assert (caught.value.code(), caught.value.details()) == (grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
+
+
+@pytest.mark.usefixtures("beside")
+def test_connections_that_never_say_what_they_want_are_shown_out(
+    server: Serving, half_way: list[socket.socket]
+) -> None:
+    assert all(raw_grpc.is_ended(client) for client in half_way)
+    said(server, "said nothing for 5 s and was shown out")

@@ -13,7 +13,7 @@ import pytest
 
 from afd.credentials import Credentials
 from afd.rpc import secure
-from tests import tiny
+from tests import certificates, tiny
 from tests.system.serving import Serving, serving, until
 
 SECRETS = {"AFD_API_KEYS": "key-of-the-environment", "AFD_CLUSTER_TOKEN": "token-of-the-environment"}
@@ -25,11 +25,15 @@ LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
     folder = tmp_path_factory.mktemp("deployment")
     (folder / "keys").write_text(f"{IN_FILE}\n")
-    (folder / "deployment.yaml").write_text(f"router: {{api_keys_file: {folder / 'keys'}}}\n")
+    settings = f"router: {{api_keys_file: {folder / 'keys'}}}\n"
+    tls = certificates.authority(folder, "ours").gives("worker", "IP:127.0.0.1") if request.param == "local" else None
+    if tls is not None:
+        settings += f"transport: {{kind: grpc, tls: {tls.model_dump_json()}}}\n"
+    (folder / "deployment.yaml").write_text(settings)
     environment = {**SECRETS, "AFD_LOG": "debug"}
     arguments = (str(folder / "deployment.yaml"), "--backend", request.param)
     with serving(tiny.write(folder / "tiny"), *arguments, environment=environment) as running:
-        running.api_key = IN_FILE
+        running.api_key, running.tls = IN_FILE, tls
         for key, status in ((IN_FILE, 200), (SECRETS["AFD_API_KEYS"], 200), (WRONG, 401)):
             body = {"model": "tiny", "prompt": [5], "max_tokens": 3}
             header = {"Authorization": f"Bearer {key}"}
@@ -99,16 +103,17 @@ def test_no_secret_is_in_a_log(server: Serving) -> None:
     ports = [port for name, _, port in everything_listening(server)]
     refused = 0
     for port in ports:
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stranger = Credentials(WRONG, server.tls)
+        with secure.channel(f"127.0.0.1:{port}", stranger, ()) as channel:
             try:
-                channel.unary_unary("/afd.rpc.Attention/Status")(
-                    b"", metadata=secure.metadata(Credentials(WRONG)), timeout=2.0
-                )
+                ask = channel.unary_unary("/afd.rpc.Attention/Status")
+                ask(b"", metadata=secure.metadata(stranger), timeout=2.0)
             except grpc.RpcError as error:
                 refused += error.code() is grpc.StatusCode.UNAUTHENTICATED
     assert refused >= 2  # both workers, at least
     until(lambda: sum("refused a call of" in text.decode(errors="replace") for _, text in logs(server)) > 0)
-    secrets = [*SECRETS.values(), IN_FILE, WRONG, *ray_tokens(server)]
+    key = "" if server.tls is None else Path(server.tls.key).read_text().splitlines()[1]
+    secrets = list(filter(None, [*SECRETS.values(), IN_FILE, WRONG, key, *ray_tokens(server)]))
     told = [(where, secret) for where, text in logs(server) for secret in secrets if secret.encode() in text]
     assert told == []
 
