@@ -8,6 +8,7 @@ import mmap
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import torch.distributed
 
@@ -165,6 +167,29 @@ def test_another_users_process_is_refused_shared_memory(monkeypatch: pytest.Monk
         monkeypatch.setattr(os, "getuid", lambda: user + 1)
         with pytest.raises(TransportError, match=f"ffn_rank 0 runs as user {user}, this process as user {user + 1}"):
             raw_dial("shm", ffn.port.address)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
+def test_another_users_process_is_shown_out_of_the_shm_door(caplog: pytest.LogCaptureFixture) -> None:
+    script = (
+        "import socket, sys\n"
+        "client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "client.connect('\\0' + sys.argv[1])\n"
+        "try:\n"
+        "    client.send(bytes.fromhex(sys.argv[2]))\n"
+        "    print(client.recv(1000))\n"
+        "except OSError as error:\n"
+        "    print(error.strerror)\n"
+    )
+    python = ["/usr/bin/env", "-i", "/usr/bin/python3", "-c", script]  # the tests' own may lie where only root reads
+    hello = hello_packet(replace(HELLO, attention_rank=5)).hex()
+    with ffn_worker("shm") as ffn, attention("shm", [ffn.port.address]) as port:
+        command = [*python, ffn.port.address.shm, hello]
+        done = subprocess.run(command, user=65534, cwd="/", capture_output=True, text=True, timeout=SOON_S)
+        assert done.stdout.strip() in ("b''", "Broken pipe", "Connection reset by peer"), done.stderr
+        works(port)
+        assert ffn.port.connected == {0}
+    assert "a shared-memory client runs as user 65534, this process as user 0" in caplog.text
 
 
 def test_memory_that_its_maker_could_take_away_is_refused() -> None:
@@ -386,6 +411,19 @@ def test_an_ffn_worker_that_starts_late_is_waited_for() -> None:
     starter.join()
     late[0].stop()
     late[0].port.close()
+
+
+@pytest.mark.parametrize("kind", ["shm", "grpc", "collective"])
+def test_a_pair_of_workers_listens_at_its_address_alone(kind: str) -> None:
+    def ports() -> set[tuple[str, int]]:
+        found = psutil.Process().net_connections("inet")
+        return {(c.laddr.ip.removeprefix("::ffff:"), c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN}
+
+    before = ports()
+    with ffn_worker(kind) as ffn, attention(kind, [ffn.port.address]) as port:
+        works(port)
+        opened = ports() - before
+    assert {ip for ip, _ in opened} == ({"127.0.0.1"} if kind != "shm" else set())
 
 
 # --- what is left ---
