@@ -15,6 +15,7 @@ import logging
 import queue
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -97,9 +98,9 @@ class _GrpcLink(Link):
         self._inbox.put(message)
         return message
 
+    @abstractmethod
     def _cut(self) -> None:
         """Breaks the stream off: what is still to be sent would wait for ever."""
-        raise NotImplementedError
 
     def try_receive(self) -> Frame | None:
         message = self._inbox.take()
