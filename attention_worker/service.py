@@ -164,28 +164,31 @@ class Service:
 
 
 class _Patience:
-    """Cancels the task that made it when a message is not taken for `limit_s` seconds. It costs a message two looks at
-    the clock, where a time-out of its own would cost a task."""
+    """Cancels the task that made it when a message is not taken for `limit_s` seconds. It costs a message next to
+    nothing, where a time-out of its own would cost a task. It counts its looks instead of reading the clock: a process
+    that was stopped for a while must not blame its peer."""
 
     def __init__(self, limit_s: float) -> None:
         self.over = False
-        self._limit_s = limit_s
+        self._quarter_s = limit_s / 4
         self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        self._since: float | None = None  # the loop time at which the message that is under way was given to gRPC
-        self._timer = self._loop.call_later(limit_s / 4, self._look)
+        self._waiting = False  # for gRPC to take a message
+        self._looks = 0  # since it was given to it
+        self._timer = self._loop.call_later(self._quarter_s, self._look)
 
     def __enter__(self) -> None:
-        self._since = self._loop.time()
+        self._waiting, self._looks = True, 0
 
     def __exit__(self, *_: object) -> None:
-        self._since = None
+        self._waiting = False
 
     def stop(self) -> None:
         self._timer.cancel()
 
     def _look(self) -> None:
-        if self._since is None or self._loop.time() - self._since <= self._limit_s:
-            self._timer = self._loop.call_later(self._limit_s / 4, self._look)
+        self._looks += 1
+        if not self._waiting or self._looks <= 4:
+            self._timer = self._loop.call_later(self._quarter_s, self._look)
         elif self._task is not None:
             self.over = self._task.cancel()
 

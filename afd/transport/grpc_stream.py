@@ -88,7 +88,7 @@ class _GrpcLink(Link):
     def send(self, frame: Frame) -> None:
         if self._inbox.ended:
             raise PeerLost(f"{self.peer} is gone", peer=self.peer)
-        if (waiting := self._outbox.qsize()) > self.hello.microbatches:  # who reads, answers before the next
+        if (waiting := self._outbox.qsize()) > self.hello.microbatches:  # who reads asks again only when answered
             self._cut()
             raise PeerLost(f"{self.peer} does not read: {waiting} frames wait for it", peer=self.peer)
         self._outbox.put(wrap(encode(frame)))
