@@ -93,6 +93,17 @@ class FfnSection(_Section):
         return self
 
 
+class TlsSection(_Section):
+    """Certificates for the gRPC between workers and routers: PEM files, read by each process where it runs. Both ends
+    of a connection show one, and take only those of `ca`. `name` is in every worker's; None: each worker's has the
+    address that it listens on."""
+
+    cert: str = Field(min_length=1)
+    key: str = Field(min_length=1)
+    ca: str = Field(min_length=1)
+    name: str | None = Field(None, min_length=1)
+
+
 class TransportSection(_Section):
     """How activations travel. `auto` chooses per pair of workers: shared memory on one host, gRPC between hosts."""
 
@@ -103,6 +114,14 @@ class TransportSection(_Section):
     # Poll this long before sleeping; auto: 2000 where every worker of the host can have a core, else 50.
     spin_us: Annotated[int, Field(ge=0, le=1_000_000)] | Literal["auto"] = "auto"
     dispatch_dtype: Literal["auto", "bf16", "fp8"] = "auto"  # auto: the model's; combines are always in the model's
+    token_file: str | None = Field(None, min_length=1)  # None: AFD_CLUSTER_TOKEN, or a token for the run
+    tls: TlsSection | None = None  # None: gRPC in plain text
+
+    @model_validator(mode="after")
+    def _tls_is_of_grpc(self) -> TransportSection:
+        if self.tls is not None and self.kind == "collective":
+            raise ValueError("tls is gRPC's; kind collective would send activations in plain text all the same")
+        return self
 
 
 class ClusterSection(_Section):

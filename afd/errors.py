@@ -7,6 +7,7 @@ AfdError
 │   └── CheckpointError    its files are missing, damaged, incomplete or hold too much
 ├── TransportError         activations did not get through
 │   ├── HandshakeRefused   the two sides do not agree on what they serve
+│   │   └── Unauthenticated  or on who they are: a token or a certificate is not this cluster's
 │   ├── FrameError         a frame is damaged, or belongs to somebody else
 │   ├── PeerLost           the other side is gone
 │   └── PeerTimeout        the other side did not answer before the deadline
@@ -50,6 +51,10 @@ class TransportError(AfdError):
 
 class HandshakeRefused(TransportError):
     """The two sides do not agree on protocol, model, shard, dtype or sizes."""
+
+
+class Unauthenticated(HandshakeRefused):
+    """A token or a certificate is not this cluster's."""
 
 
 class FrameError(TransportError):

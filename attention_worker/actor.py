@@ -12,6 +12,7 @@ import torch
 
 from afd import build
 from afd.config import Deployment
+from afd.credentials import OPEN, Credentials
 from afd.errors import ClusterError, ConfigError
 from afd.layers.attention import registry as kernels
 from afd.models.halves import AttentionHalf
@@ -32,20 +33,30 @@ GIB = 1 << 30
 
 
 class AttentionWorker:
-    """One attention_rank. `epoch` names the run; `workers_on_host` share this host's cores and memory."""
+    """One attention_rank. `epoch` names the run; `workers_on_host` share this host's cores and memory; `credentials`
+    are asked of routers, and shown to FFN workers."""
 
-    def __init__(self, deployment: Deployment, attention_rank: int, epoch: int, workers_on_host: int = 1) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        attention_rank: int,
+        epoch: int,
+        workers_on_host: int = 1,
+        credentials: Credentials = OPEN,
+    ) -> None:
         self.deployment = deployment
         self.attention_rank = attention_rank
         self.epoch = epoch
         self.workers_on_host = workers_on_host
+        self.credentials = credentials
         self.threads = build.num_threads(deployment.attention.threads, workers_on_host)
         self._plan: build.Plan | None = None
         self._model: AttentionHalf | None = None
         self._kernels: CDLL | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
-        self._service = Service(self.status_reply, deployment.transport.bind)
+        transport = deployment.transport
+        self._service = Service(self.status_reply, transport.bind, credentials, transport.deadline_s)
 
     def start(self) -> str:
         """Loads the attention half and opens the door to routers; returns its host:port.
@@ -70,6 +81,7 @@ class AttentionWorker:
             deadline_s=transport.deadline_s,
             spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
             device=self._plan.device,
+            credentials=self.credentials,
         )
         try:
             self._engine = self._build_engine(self._plan, port)

@@ -13,14 +13,17 @@ import logging
 import threading
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from afd.errors import RequestError, TransportError
+from afd.credentials import OPEN, Credentials
+from afd.errors import FrameError, RequestError, TransportError
 from afd.rpc import attention_pb2 as pb
 from afd.rpc import attention_pb2_grpc as pb_grpc
 from afd.rpc import convert
+from afd.rpc.secure import AioGuard, open_port, server_options
 from afd.rpc.steps import StepWriter
 from afd.types import GenerateOutput
 from attention_worker.engine import Engine
@@ -31,14 +34,23 @@ T = TypeVar("T")
 Outputs = list[tuple[int, GenerateOutput]]
 Status = Callable[[], pb.StatusReply]
 
+_OPTIONS = [
+    ("grpc.max_receive_message_length", 16 << 20),  # a prompt of three million tokens
+    ("grpc.max_send_message_length", -1),  # one message carries a whole step, logprobs included
+    ("grpc.keepalive_time_ms", 10_000),  # a router whose machine is gone says nothing of it
+    ("grpc.keepalive_timeout_ms", 5_000),
+]
+
 
 class Service:
     """Serves until `stop`. `publish` is the engine's; the engine itself comes later, with `serve_engine`, since it
-    needs `publish` to be built."""
+    needs `publish` to be built. A router that takes nothing of what it is sent for `deadline_s` seconds is cut off."""
 
-    def __init__(self, status: Status, bind: str) -> None:
+    def __init__(self, status: Status, bind: str, credentials: Credentials = OPEN, deadline_s: float = 30.0) -> None:
         self._status = status
         self._bind = bind
+        self._credentials = credentials
+        self._deadline_s = deadline_s
         self._engine: Engine | None = None
         self._queues: dict[int, asyncio.Queue[list[GenerateOutput]]] = {}
         self._owners = itertools.count()
@@ -72,10 +84,12 @@ class Service:
 
     async def _start(self) -> str:
         host = f"[{self._bind}]" if ":" in self._bind and "[" not in self._bind else self._bind  # IPv6
-        self._server = grpc.aio.server()
-        pb_grpc.add_AttentionServicer_to_server(_Servicer(self), self._server)  # type: ignore[no-untyped-call]
+        self._server = grpc.aio.server(
+            interceptors=[AioGuard(self._credentials)], options=[*server_options(), *_OPTIONS]
+        )
+        pb_grpc.add_AttentionServicer_to_server(_Servicer(self, self._deadline_s), self._server)  # type: ignore[no-untyped-call]
         try:
-            port = self._server.add_insecure_port(f"{host}:0")
+            port = open_port(self._server, host, 0, self._credentials)
         except RuntimeError as error:
             raise TransportError(f"cannot listen on {self._bind} (transport.bind): {error}") from error
         await self._server.start()
@@ -90,7 +104,7 @@ class Service:
                 self._queues[owner].put_nowait(mine)
 
     async def serve_stream(self, messages: AsyncIterator[pb.RouterMessage]) -> AsyncGenerator[pb.StepOutputs, None]:
-        """One router connection, from its first message to its end."""
+        """One router connection, from its first message to its end. Raises FrameError for bytes that are no message."""
         owner = next(self._owners)
         queue = self._queues[owner] = asyncio.Queue()
         writer = StepWriter()
@@ -99,6 +113,7 @@ class Service:
             while True:
                 outputs = await queue.get()
                 if not outputs:
+                    await reader  # raises what ended it
                     return
                 yield writer.write(outputs)
         finally:
@@ -120,6 +135,8 @@ class Service:
                 refusal = self._take(owner, message, writer)
                 if refusal is not None:
                     queue.put_nowait([refusal])
+        except DecodeError as error:
+            raise FrameError("the router sent bytes that are no RouterMessage") from error
         finally:
             queue.put_nowait([])
 
@@ -146,20 +163,63 @@ class Service:
         return self._status()
 
 
+class _Patience:
+    """Cancels the task that made it when a message is not taken for `limit_s` seconds. It costs a message next to
+    nothing, where a time-out of its own would cost a task. It counts its looks instead of reading the clock: a process
+    that was stopped for a while must not blame its peer."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.over = False
+        self._quarter_s = limit_s / 4
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._waiting = False  # for gRPC to take a message
+        self._looks = 0  # since it was given to it
+        self._timer = self._loop.call_later(self._quarter_s, self._look)
+
+    def __enter__(self) -> None:
+        self._waiting, self._looks = True, 0
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting = False
+
+    def stop(self) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        self._looks += 1
+        if not self._waiting or self._looks <= 4:
+            self._timer = self._loop.call_later(self._quarter_s, self._look)
+        elif self._task is not None:
+            self.over = self._task.cancel()
+
+
 class _Servicer(pb_grpc.AttentionServicer):
-    """gRPC's names for the above. grpc.aio tells a streaming handler by its being an async generator itself."""
+    """gRPC's names for the above."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, deadline_s: float) -> None:
         self._service = service
+        self._deadline_s = deadline_s
 
-    async def Serve(
-        self,
-        request_iterator: AsyncIterator[pb.RouterMessage],
-        context: object,  # noqa: ARG002
-    ) -> AsyncIterator[pb.StepOutputs]:
-        async with contextlib.aclosing(self._service.serve_stream(request_iterator)) as steps:
-            async for outputs in steps:
-                yield outputs
+    async def Serve(self, request_iterator: AsyncIterator[pb.RouterMessage], context: Any) -> None:
+        patience = _Patience(self._deadline_s)
+        try:
+            async with contextlib.aclosing(self._service.serve_stream(request_iterator)) as steps:
+                async for outputs in steps:
+                    with patience:
+                        await context.write(outputs)
+        except FrameError as error:
+            await self._end(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except asyncio.CancelledError:
+            if not patience.over:
+                raise
+            sentence = f"the router took nothing for {self._deadline_s:g} s (transport.deadline_s)"
+            await self._end(context, grpc.StatusCode.RESOURCE_EXHAUSTED, sentence)
+        finally:
+            patience.stop()
+
+    async def _end(self, context: Any, code: grpc.StatusCode, sentence: str) -> None:
+        log.warning("cut off %s: %s", context.peer(), sentence)
+        await context.abort(code, sentence)
 
     async def Status(self, request: pb.StatusRequest, context: object) -> pb.StatusReply:  # noqa: ARG002
         return self._service.status_reply()

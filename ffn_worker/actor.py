@@ -10,6 +10,7 @@ import torch
 
 from afd import build
 from afd.config import Deployment
+from afd.credentials import OPEN, Credentials
 from afd.errors import ClusterError
 from afd.native.halves import kernels_for
 from afd.pipeline.timeline import Recording
@@ -21,13 +22,22 @@ log = logging.getLogger(__name__)
 
 
 class FfnWorker:
-    """One ffn_rank. `epoch` names the run; `workers_on_host` share this host's cores."""
+    """One ffn_rank. `epoch` names the run; `workers_on_host` share this host's cores; `credentials` are asked of
+    attention workers on gRPC."""
 
-    def __init__(self, deployment: Deployment, ffn_rank: int, epoch: int, workers_on_host: int = 1) -> None:
+    def __init__(
+        self,
+        deployment: Deployment,
+        ffn_rank: int,
+        epoch: int,
+        workers_on_host: int = 1,
+        credentials: Credentials = OPEN,
+    ) -> None:
         self.deployment = deployment
         self.ffn_rank = ffn_rank
         self.epoch = epoch
         self.workers_on_host = workers_on_host
+        self.credentials = credentials
         self.threads = build.num_threads(deployment.ffn.threads, workers_on_host)
         self._loop: FfnLoop | None = None
         self._thread: threading.Thread | None = None
@@ -48,6 +58,7 @@ class FfnWorker:
             spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
             deadline_s=transport.deadline_s,
             device=plan.device,
+            credentials=self.credentials,
         )
         self._loop = FfnLoop(ffn, port, device=plan.device, gather_window_s=self.deployment.ffn.gather_window_us / 1e6)
         self._thread = threading.Thread(target=self._run, args=(self._loop,), name=f"ffn {self.ffn_rank}", daemon=True)

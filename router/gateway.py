@@ -60,6 +60,7 @@ class Gateway:
             connect_s=settings.connect_s,
             poll_s=settings.poll_s,
             replay_s=settings.replay_s,
+            credentials=settings.credentials,
         )
         self._settings = settings
         self._metrics = Metrics(settings.usd_per_hour)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from afd.credentials import OPEN, Credentials
 from afd.types import Role
 
 
@@ -38,6 +39,7 @@ class RouterSettings:
     deadline_s: float = 60.0
     silence_s: float = 10.0
     replay_s: float = 60.0
+    credentials: Credentials = OPEN  # what attention workers are shown
     connect_s: float = 10.0  # longest wait for an attention worker to accept the router's connection
     poll_s: float = 0.2  # how often the cluster view is read
     max_body_bytes: int = 32 << 20

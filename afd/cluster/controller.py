@@ -21,6 +21,7 @@ from afd.cluster.placement import resources_of, wanted
 from afd.cluster.roles import Roles
 from afd.cluster.timelines import collect
 from afd.config import Deployment
+from afd.credentials import OPEN, Credentials
 from afd.errors import AfdError, ClusterError
 from afd.pipeline.timeline import Timelines
 from afd.types import ClusterView, FfnAddress, Role, WorkerView
@@ -68,14 +69,18 @@ class _Worker:
 class Controller:
     """Reconciles the workers that the deployment wants with those that live.
 
-    `host` starts them; `epoch` names this run, and no frame of another one is accepted. See `Cluster` for the methods.
+    `host` starts them; `epoch` names this run, and no frame of another one is accepted; `credentials` are handed to
+    every worker. See `Cluster` for the methods.
     """
 
-    def __init__(self, deployment: Deployment, host: Host, roles: Roles, epoch: int) -> None:
+    def __init__(
+        self, deployment: Deployment, host: Host, roles: Roles, epoch: int, credentials: Credentials = OPEN
+    ) -> None:
         self._deployment = deployment
         self._host = host
         self._roles = roles
         self._epoch = epoch
+        self._credentials = credentials
         self._workers: dict[tuple[Role, int], _Worker] = {}
         self._ready: Future[None] = Future()
         self._stopping = threading.Event()
@@ -104,6 +109,10 @@ class Controller:
     def deployment(self) -> Deployment:
         """What this run was started with."""
         return self._deployment
+
+    def credentials(self) -> Credentials:
+        """What its workers ask for. Who may ask here may read them in Ray's control service as well."""
+        return self._credentials
 
     def timelines(self, seconds: float, max_events: int) -> Timelines:
         """See Cluster."""
@@ -147,7 +156,7 @@ class Controller:
     def _spawn(self, role: Role, rank: int) -> _Worker:
         path = self._roles.ffn if role is Role.FFN else self._roles.attention
         neighbours = self._host.workers_on_host(len(wanted(self._deployment)))
-        args = (self._deployment, rank, self._epoch, neighbours)
+        args = (self._deployment, rank, self._epoch, neighbours, self._credentials)
         with self._membership:  # whoever stops the cluster finds this worker in the list, or it is not started
             if self._stopping.is_set():
                 raise ClusterError("the cluster is being stopped")

@@ -29,8 +29,10 @@ from afd import spec as specs
 from afd.cluster.controller import Cluster
 from afd.cluster.roles import Roles, load
 from afd.config import Deployment, PricesSection, RouterSection
+from afd.credentials import Credentials, for_run
 from afd.errors import CheckpointError, ClusterError
 from afd.pipeline.timeline import Timelines
+from afd.rpc.secure import is_loopback
 from afd.spec import ModelSpec
 from afd.topology import ffn_shards
 from afd.types import ClusterView, Role
@@ -54,7 +56,8 @@ def serve(deployment: Deployment, roles: Roles = Roles()) -> None:  # noqa: B008
     spec = specs.from_config(files.config)
     ffn_shards(deployment.counts.ffn, deployment.ffn.sharding, spec.num_experts, deployment.ffn.tp)
     router = load(roles.router)
-    settings = router_settings(router, deployment, files, spec)
+    credentials = for_run(deployment, env.read().cluster_token)
+    settings = router_settings(router, deployment, files, spec, credentials)
     started = time.monotonic()
     with (
         closing(router.bind(deployment.router.host, deployment.router.port)) as door,
@@ -63,22 +66,28 @@ def serve(deployment: Deployment, roles: Roles = Roles()) -> None:  # noqa: B008
         watched = _Watched(ClusterView(0, deployment.model, deployment.topology))
         on_ready = partial(announce, deployment, files.name)
         server = router.Server(settings, watched.view, door, timelines=watched.timelines, on_ready=on_ready)
-        with open_cluster(deployment, roles) as cluster:
+        with open_cluster(deployment, roles, credentials) as cluster:
             watched.cluster = cluster
             quitting.listen()  # again: Ray has put its own handler in the way
             if not _until_ready(cluster, quitting, console):
                 return
             console.print(f"workers ready in {time.monotonic() - started:.1f} s")
+            _warn_of_open_wires(deployment, cluster.view())
             run_server(server, settings.drain_s, quitting)
 
 
-def open_cluster(deployment: Deployment, roles: Roles = Roles()) -> AbstractContextManager[Cluster]:  # noqa: B008
+def open_cluster(
+    deployment: Deployment,
+    roles: Roles = Roles(),  # noqa: B008
+    credentials: Credentials | None = None,
+) -> AbstractContextManager[Cluster]:
     """The deployment's workers, on its backend: a context manager that yields at once and leaves nothing behind.
+    `credentials` None: with a token of its own, which nobody else has.
 
     The inproc transport means threads of this process, whatever the backend. Raises ClusterError without Ray.
     """
     backend = "local" if deployment.transport.kind == "inproc" else deployment.cluster.backend
-    cluster: AbstractContextManager[Cluster] = optional_ray(BACKENDS[backend])(deployment, roles)
+    cluster: AbstractContextManager[Cluster] = optional_ray(BACKENDS[backend])(deployment, roles, credentials)
     return cluster
 
 
@@ -203,7 +212,9 @@ def run_server(server: Any, drain_s: float, quitting: _Quit) -> None:
         log.warning("the router was cut off before it had drained")
 
 
-def router_settings(router: Any, deployment: Deployment, files: library.ModelFiles, spec: ModelSpec) -> Any:
+def router_settings(
+    router: Any, deployment: Deployment, files: library.ModelFiles, spec: ModelSpec, credentials: Credentials
+) -> Any:
     """The `RouterSettings` of the module `router`. Raises CheckpointError, ConfigError."""
     if files.tokenizer_json is None:
         raise CheckpointError(f"{files.path} has no tokenizer.json, which the router needs to read prompts")
@@ -232,8 +243,25 @@ def router_settings(router: Any, deployment: Deployment, files: library.ModelFil
         usd_per_hour=_usd_per_hour(deployment.router.prices),
         tool_parser=deployment.router.tool_parser,
         reasoning_parser=deployment.router.reasoning_parser,
+        credentials=credentials,
         deadline_s=deployment.transport.deadline_s + 30.0,  # the workers' own deadline runs out first and says more
     )
+
+
+def _warn_of_open_wires(deployment: Deployment, view: ClusterView) -> None:
+    """Says once what others on the network can read or do."""
+    hosts = {worker.address.rpartition(":")[0] for worker in view.workers if worker.address}
+    if deployment.transport.tls is not None or all(map(is_loopback, hosts)):
+        return
+    log.warning(
+        "workers listen on %s in plain gRPC: whoever can read that network can read activations, prompts and the "
+        "cluster's token; transport.tls encrypts",
+        ", ".join(sorted(hosts)),
+    )
+    if deployment.transport.kind == "collective":
+        log.warning(
+            "the collective transport asks nobody who they are: whoever reaches its ports can send frames, or end them"
+        )
 
 
 def _api_keys(router: RouterSection) -> tuple[str, ...]:

@@ -14,11 +14,13 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
+from afd import env
 from afd.cluster.controller import Controller, new_epoch
 from afd.cluster.host import Handle, Host, exit_message, failed, settle, this_node
 from afd.cluster.inproc import ThreadHost
 from afd.cluster.roles import Roles
 from afd.config import Deployment, Resources
+from afd.credentials import Credentials, for_run
 from afd.errors import ClusterError
 
 EXIT_S = 5.0  # a process whose socket closed has this long to end by itself
@@ -103,7 +105,7 @@ def _fork(name: str, role: str, args: tuple[object, ...]) -> Handle:
                 stdin=subprocess.DEVNULL,
                 stdout=2,  # standard output is the command's own; workers have only a log
                 start_new_session=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+                env={**env.for_children(), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             )
         except OSError as error:
             ours.close()
@@ -114,13 +116,18 @@ def _fork(name: str, role: str, args: tuple[object, ...]) -> Handle:
 
 
 @contextmanager
-def cluster(deployment: Deployment, roles: Roles = Roles()) -> Iterator[Controller]:  # noqa: B008
+def cluster(
+    deployment: Deployment,
+    roles: Roles = Roles(),  # noqa: B008
+    credentials: Credentials | None = None,
+) -> Iterator[Controller]:
     """A running cluster without Ray: processes, or threads of this one when transport.kind is inproc.
 
     Yields at once; `wait_ready` says when it can serve. On the way out every worker is stopped, whatever happened.
+    `credentials` None: with a token of its own.
     """
     host = ThreadHost() if deployment.transport.kind == "inproc" else ProcessHost()
-    controller = Controller(deployment, host, roles, new_epoch())
+    controller = Controller(deployment, host, roles, new_epoch(), credentials or for_run(deployment))
     try:
         controller.begin()
         yield controller

@@ -54,6 +54,7 @@ from afd.cluster.placement import demand, shortage
 from afd.cluster.roles import Roles
 from afd.cluster.servant import Outcome, Servant
 from afd.config import Deployment, Resources
+from afd.credentials import Credentials, for_run
 from afd.errors import ClusterError
 from afd.pipeline.timeline import Timelines
 from afd.types import ClusterView
@@ -152,8 +153,8 @@ class RayHost(Host):
 class RayController(Controller):
     """The controller as an actor builds it: running from the first call."""
 
-    def __init__(self, deployment: Deployment, roles: Roles, epoch: int) -> None:
-        super().__init__(deployment, RayHost(), roles, epoch)
+    def __init__(self, deployment: Deployment, roles: Roles, epoch: int, credentials: Credentials) -> None:
+        super().__init__(deployment, RayHost(), roles, epoch, credentials)
         self.begin()
 
 
@@ -204,10 +205,11 @@ class RayCluster(RayRun):
     """The run of who started it (afd.cluster.controller.Cluster). Its controller has a name in Ray, so that further
     routers find it (afd.cluster.ray_join)."""
 
-    def __init__(self, deployment: Deployment, roles: Roles) -> None:
+    def __init__(self, deployment: Deployment, roles: Roles, credentials: Credentials | None = None) -> None:
         epoch = new_epoch()
         path = f"{RayController.__module__}:{RayController.__name__}"
-        args, nothing = (deployment, roles, epoch), Resources(num_cpus=0)
+        nothing = Resources(num_cpus=0)
+        args = (deployment, roles, epoch, credentials or for_run(deployment))
         controller = RayHost().spawn("controller", path, args, nothing, known_as=f"{CONTROLLER}{epoch}")
         super().__init__(controller, ClusterView(epoch, deployment.model, deployment.topology))
 
@@ -232,14 +234,19 @@ class RayCluster(RayRun):
 
 
 @contextmanager
-def cluster(deployment: Deployment, roles: Roles = Roles()) -> Iterator[RayCluster]:  # noqa: B008
+def cluster(
+    deployment: Deployment,
+    roles: Roles = Roles(),  # noqa: B008
+    credentials: Credentials | None = None,
+) -> Iterator[RayCluster]:
     """A running cluster on Ray. Yields at once; on the way out every actor is ended, and a Ray of our own removed.
+    `credentials` None: with a token of its own.
 
     Call it from a thread that outlives the cluster: the kernel ends Ray's processes with the thread that started them.
     Raises ClusterError when Ray cannot start or be joined, or when a Ray of our own cannot hold the deployment.
     """
     with session(deployment):
-        running = RayCluster(deployment, roles)
+        running = RayCluster(deployment, roles, credentials)
         try:
             yield running
         finally:
@@ -310,20 +317,22 @@ def _short(error: Exception) -> str:
 
 def _start(deployment: Deployment, folder: str) -> None:
     """A Ray on this machine alone, with as many logical CPUs as the workers reserve, whatever the machine has."""
-    ray.init(
-        address="local",
-        _node_ip_address="127.0.0.1",
-        num_cpus=math.ceil(demand(deployment).get("CPU", 0.0)) or 1,
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-        namespace=f"afd-{new_epoch()}",
-        _temp_dir=folder,
-    )
+    with env.without_secrets():
+        ray.init(
+            address="local",
+            _node_ip_address="127.0.0.1",
+            num_cpus=math.ceil(demand(deployment).get("CPU", 0.0)) or 1,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            namespace=f"afd-{new_epoch()}",
+            _temp_dir=folder,
+        )
 
 
 def _join(address: str) -> None:
-    settings = {name: os.environ[name] for name in env.KNOWN if name in os.environ}
+    # No secrets: Ray shows and logs what is here.
+    settings = {name: value for name, value in env.for_children().items() if name in env.KNOWN}
     ray.init(
         address=address,
         logging_level=logging.ERROR,

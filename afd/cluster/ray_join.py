@@ -11,20 +11,23 @@ from ray.util import list_named_actors
 
 from afd.cluster.ray_host import ASK_S, CONTROLLER, RayHandle, RayRun, joined
 from afd.config import Deployment
+from afd.credentials import Credentials
 from afd.errors import ClusterError
 
 
 @contextmanager
-def run(address: str, epoch: int | None) -> Iterator[tuple[RayRun, Deployment]]:
-    """The run of `epoch`, or the only one, on the Ray cluster at `address`, and what it was started with.
+def run(address: str, epoch: int | None) -> Iterator[tuple[RayRun, Deployment, Credentials]]:
+    """The run of `epoch`, or the only one, on the Ray cluster at `address`, what it was started with, and what its
+    workers ask for.
 
     Raises ClusterError when there is no such run, or more than one and no `epoch`."""
     with joined(address):
         controller = _find(address, epoch)
         deployment: Deployment = controller.call("deployment", timeout_s=ASK_S)
+        credentials: Credentials = controller.call("credentials", timeout_s=ASK_S)
         found = RayRun(controller, controller.call("view", timeout_s=ASK_S))
         try:
-            yield found, deployment
+            yield found, deployment, credentials
         finally:
             found.leave()
 

@@ -35,14 +35,15 @@ def serve(file: Path | None, flags: Mapping[str, object], epoch: int | None, rol
             "a further router finds the workers through the Ray cluster that they run on, and RAY_ADDRESS is not set; "
             "on a Ray that `afd serve` has started for itself, and with cluster.backend local, there is one router"
         )
-    with launch.signals() as quitting, launch.optional_ray(RUN)(address, epoch) as (run, theirs):
+    with launch.signals() as quitting, launch.optional_ray(RUN)(address, epoch) as (run, theirs, credentials):
         quitting.listen()  # again: Ray has put its own handler in the way
         deployment = joined(theirs, ours, file, flags)
         logs.setup("router", deployment.router.log_format)
         logging.getLogger("uvicorn").setLevel(logging.WARNING)
         files = launch.prepared(deployment.model, Console(stderr=True, highlight=False))
         router = load(roles.router)
-        settings = launch.router_settings(router, deployment, files, specs.from_config(files.config))
+        spec = specs.from_config(files.config)
+        settings = launch.router_settings(router, deployment, files, spec, credentials)
         with closing(router.bind(deployment.router.host, deployment.router.port)) as door:
             on_ready = partial(launch.announce, deployment, files.name)
             server = router.Server(settings, run.view, door, timelines=run.timelines, on_ready=on_ready)

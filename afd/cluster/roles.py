@@ -25,7 +25,7 @@ class Roles:
 
 
 class FfnRole(Protocol):
-    """What an FFN worker offers; built with (deployment, ffn_rank, epoch, workers_on_host)."""
+    """What an FFN worker offers; built with (deployment, ffn_rank, epoch, workers_on_host, credentials)."""
 
     def start(self) -> FfnAddress:
         """Loads weights, listens, starts its loop. Any thread; takes as long as loading does."""
@@ -43,7 +43,7 @@ class FfnRole(Protocol):
 
 
 class AttentionRole(Protocol):
-    """What an attention worker offers; built with (deployment, attention_rank, epoch, workers_on_host)."""
+    """What an attention worker offers; built with (deployment, attention_rank, epoch, workers_on_host, credentials)."""
 
     def start(self) -> str:
         """Loads weights and serves requests at the returned host:port."""

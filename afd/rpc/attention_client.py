@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import grpc
 import grpc.aio
 
+from afd.credentials import OPEN, Credentials
 from afd.errors import PeerLost, PeerTimeout
 from afd.rpc import attention_pb2 as pb
+from afd.rpc import secure
 from afd.rpc.attention_pb2_grpc import AttentionStub
 from afd.rpc.convert import AttentionStatus, output_from_proto, request_to_proto, status_from_proto
 from afd.types import GenerateOutput, GenerateRequest, Refusal, SampledToken
@@ -24,7 +26,7 @@ from afd.types import GenerateOutput, GenerateRequest, Refusal, SampledToken
 log = logging.getLogger(__name__)
 
 _CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),  # one message carries a whole step, logprobs included
+    ("grpc.max_receive_message_length", 256 << 20),  # one message carries a whole step, logprobs included
     ("grpc.max_send_message_length", -1),
     ("grpc.enable_http_proxy", 0),  # workers are never behind the user's web proxy
     ("grpc.use_local_subchannel_pool", 1),  # a reconnect does not inherit an older channel's back-off
@@ -119,7 +121,14 @@ class AttentionClient:
     sentence; a lost client stays lost. `heard_at` is the loop time of the worker's last sign of progress.
     """
 
-    def __init__(self, channel: grpc.aio.Channel, address: str, peer: str, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        peer: str,
+        on_lost: Callable[[], None],
+        metadata: secure.Metadata = (),
+    ) -> None:
         self.address = address
         self.peer = peer
         self.lost = ""
@@ -133,19 +142,27 @@ class AttentionClient:
         self._outgoing: asyncio.Queue[pb.RouterMessage] = asyncio.Queue()
         self._channel = channel
         self._stub = AttentionStub(channel)  # type: ignore[no-untyped-call]  # generated code has no types
-        self._call = self._stub.Serve()
+        self._metadata = metadata
+        self._call = self._stub.Serve(metadata=metadata)
         self._reader = self._loop.create_task(self._read())
         self._writer = self._loop.create_task(self._write())
 
     @classmethod
     async def connect(
-        cls, address: str, *, peer: str, deadline_s: float, on_lost: Callable[[], None] = lambda: None
+        cls,
+        address: str,
+        *,
+        peer: str,
+        deadline_s: float,
+        on_lost: Callable[[], None] = lambda: None,
+        credentials: Credentials = OPEN,
     ) -> AttentionClient:
         """Opens the stream to host:port `address`. `on_lost` is called once, when the stream breaks.
 
-        Raises PeerTimeout when nothing accepts the connection within `deadline_s` seconds.
+        Raises PeerTimeout when nothing accepts the connection within `deadline_s` seconds, ConfigError for bad
+        certificates.
         """
-        channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        channel = secure.aio_channel(address, credentials, _CHANNEL_OPTIONS)
         try:
             await asyncio.wait_for(channel.channel_ready(), deadline_s)
         except asyncio.TimeoutError:
@@ -155,7 +172,7 @@ class AttentionClient:
         except BaseException:
             await channel.close()
             raise
-        return cls(channel, address, peer, on_lost)
+        return cls(channel, address, peer, on_lost, secure.metadata(credentials))
 
     @property
     def num_requests(self) -> int:
@@ -185,14 +202,15 @@ class AttentionClient:
             self._outgoing.put_nowait(pb.RouterMessage(cancel=pb.Cancel(request_id=request_id)))
 
     async def status(self, *, deadline_s: float) -> AttentionStatus:
-        """Raises PeerTimeout or PeerLost."""
+        """Raises PeerTimeout, PeerLost or Unauthenticated."""
         try:
-            return status_from_proto(await self._stub.Status(pb.StatusRequest(), timeout=deadline_s))
+            reply = await self._stub.Status(pb.StatusRequest(), timeout=deadline_s, metadata=self._metadata)
+            return status_from_proto(reply)
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 message = f"{self.peer} at {self.address} did not answer Status within {deadline_s:g} s"
                 raise PeerTimeout(message, peer=self.peer) from None
-            raise PeerLost(f"{self.peer} at {self.address}: {_reason(error)}", peer=self.peer) from None
+            raise secure.lost(error, self.peer, self.address) from None
 
     def fail(self, sentence: str, refused: Refusal = "unavailable") -> None:
         """Ends every request in flight with an error output saying `sentence`, and takes no more. `refused` "": not

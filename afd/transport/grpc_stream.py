@@ -11,25 +11,31 @@ thread that read it off the socket; the thread that goes through the stream's it
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from afd.credentials import OPEN, Credentials
 from afd.errors import FrameError, PeerLost, PeerTimeout, TransportError
 from afd.heap import keep_freed_memory
 from afd.rpc import ffn_pb2
 from afd.rpc.core import grpc
+from afd.rpc.secure import SyncGuard, channel, lost, metadata, open_port, server_options
 from afd.transport.base import Hello, Link, Listener
 from afd.transport.binding import split_bind, why_not
 from afd.transport.frame import Buffer, Frame, Slot, decode, encode, peek
 from afd.transport.handshake import answer, check_welcome, hello_packet
 from afd.transport.mailbox import Mailbox, wait_readable
 from afd.transport.shape import HEADER_BYTES
+
+_log = logging.getLogger(__name__)
 
 _METHOD = f"/{ffn_pb2.DESCRIPTOR.services_by_name['Ffn'].full_name}/Exchange"
 _FRAME_TAG = b"\x0a"  # field 1, length-delimited, of FromAttention and FromFfn alike
@@ -51,17 +57,18 @@ _OPTIONS = [
 ]
 
 
-def listen(expected: Hello, bind: str) -> GrpcListener:
-    """A server on `bind`, an address (any free port) or address:port. Raises TransportError when it cannot bind."""
+def listen(expected: Hello, bind: str, credentials: Credentials = OPEN) -> GrpcListener:
+    """A server on `bind`, an address (any free port) or address:port. Raises TransportError when it cannot bind, or
+    would stand open there (afd.rpc.secure.open_port)."""
     keep_freed_memory()
-    return GrpcListener(expected, bind)
+    return GrpcListener(expected, bind, credentials)
 
 
-def dial(address: str, hello: Hello, timeout_s: float) -> Link:
+def dial(address: str, hello: Hello, timeout_s: float, credentials: Credentials = OPEN) -> Link:
     """Connects to host:port and shakes hands within `timeout_s` seconds. Raises PeerLost, PeerTimeout,
     HandshakeRefused."""
     keep_freed_memory()
-    link = _ClientLink(address, hello)
+    link = _ClientLink(address, hello, credentials)
     try:
         link.shake_hands(timeout_s)
     except TransportError:
@@ -84,12 +91,19 @@ class _GrpcLink(Link):
     def send(self, frame: Frame) -> None:
         if self._inbox.ended:
             raise PeerLost(f"{self.peer} is gone", peer=self.peer)
+        if (waiting := self._outbox.qsize()) > self.hello.microbatches:  # who reads asks again only when answered
+            self._cut()
+            raise PeerLost(f"{self.peer} does not read: {waiting} frames wait for it", peer=self.peer)
         self._outbox.put(wrap(encode(frame)))
 
     def arrived(self, message: bytes) -> bytes:
         """Any thread, as gRPC's deserializer: takes in a message of the peer."""
         self._inbox.put(message)
         return message
+
+    @abstractmethod
+    def _cut(self) -> None:
+        """Breaks the stream off: what is still to be sent would wait for ever."""
 
     def try_receive(self) -> Frame | None:
         message = self._inbox.take()
@@ -120,9 +134,10 @@ class _GrpcLink(Link):
         self._ended("this side closed the link")
         self._inbox.close()
 
-    def _ended(self, why: str) -> None:
+    def _ended(self, why: str | TransportError) -> None:
         """Any thread: nothing more will come, and what is still to be sent is the last."""
-        self._inbox.end(PeerLost(f"{self.peer} is gone: {why}", peer=self.peer))
+        error = PeerLost(f"{self.peer} is gone: {why}", peer=self.peer) if isinstance(why, str) else why
+        self._inbox.end(error)
         self._outbox.put(None)
 
     def _outgoing(self) -> Iterator[bytes]:
@@ -140,16 +155,16 @@ class _GrpcLink(Link):
 class _ClientLink(_GrpcLink):
     """The attention side's end."""
 
-    def __init__(self, address: str, hello: Hello) -> None:
+    def __init__(self, address: str, hello: Hello, credentials: Credentials) -> None:
         super().__init__(f"ffn_rank {hello.ffn_rank}", hello, hello.combine_bytes)
         self._address = address
         # A subchannel of its own: else a second try inherits the first one's back-off.
         options = [*_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
         options.append(("grpc.max_receive_message_length", hello.combine_bytes + _ENVELOPE_BYTES))
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = channel(address, credentials, options)
         self._outbox.put(hello_packet(hello))
         exchange = self._channel.stream_stream(_METHOD, response_deserializer=self.arrived)
-        self._call = exchange(self._outgoing())
+        self._call = exchange(self._outgoing(), metadata=metadata(credentials))
         self._reader = threading.Thread(target=self._read, name=f"afd-grpc-{self.peer}", daemon=True)
         self._reader.start()
 
@@ -165,13 +180,16 @@ class _ClientLink(_GrpcLink):
         check_welcome(welcome, self.peer)
 
     def _read(self) -> None:
-        why = "it closed its end"
+        why: str | TransportError = "it closed its end"
         try:
             for _ in self._call:
                 pass
         except grpc.RpcError as error:
-            why = f"{error.code().name} on grpc:{self._address} ({error.details()})"
+            why = lost(error, self.peer, f"grpc:{self._address}")
         self._ended(why)
+
+    def _cut(self) -> None:
+        self._call.cancel()
 
     def close(self) -> None:
         super().close()
@@ -184,13 +202,17 @@ class _ClientLink(_GrpcLink):
 class _ServerLink(_GrpcLink):
     """The FFN side's end, which lives in the handler of one stream."""
 
-    def __init__(self, hello: Hello, stream: _Stream) -> None:
+    def __init__(self, hello: Hello, stream: _Stream, context: grpc.ServicerContext) -> None:
         super().__init__(f"attention_rank {hello.attention_rank}", hello, hello.dispatch_bytes)
+        self._context = context
         stream.link = self
 
-    def serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+    def _cut(self) -> None:
+        self._context.cancel()
+
+    def serve(self, requests: Iterator[bytes]) -> Iterator[bytes]:
         """Runs both directions until either end closes."""
-        if not context.add_callback(lambda: self._ended("its stream broke off")):
+        if not self._context.add_callback(lambda: self._ended("its stream broke off")):
             self._ended("its stream broke off")
         reader = threading.Thread(target=self._read, args=(requests,), name=f"afd-grpc-{self.peer}", daemon=True)
         reader.start()
@@ -233,22 +255,23 @@ class _Streams(grpc.GenericRpcHandler):  # type: ignore[misc]
 class GrpcListener(Listener):
     """A gRPC server; `address` is host:port with the real port."""
 
-    def __init__(self, expected: Hello, bind: str) -> None:
+    def __init__(self, expected: Hello, bind: str, credentials: Credentials) -> None:
         host, port = split_bind(bind)
         self._expected = expected
         self._threads = ThreadPoolExecutor(_MAX_STREAMS, thread_name_prefix="afd-grpc")
         self._server = grpc.server(
             self._threads,
             handlers=[_Streams(self._exchange)],
+            interceptors=[SyncGuard(credentials)],
             options=[
                 *_OPTIONS,
-                ("grpc.so_reuseport", 0),  # a port that is taken must be an error
+                *server_options(),
                 ("grpc.max_receive_message_length", expected.dispatch_bytes + _ENVELOPE_BYTES),
             ],
             maximum_concurrent_rpcs=_MAX_STREAMS,
         )
         try:
-            actual = self._server.add_insecure_port(f"{host}:{port}")
+            actual = open_port(self._server, host, port, credentials)
         except RuntimeError as error:
             raise TransportError(
                 f"ffn_rank {expected.ffn_rank} cannot listen on {bind} (transport.bind): {why_not(host, port)}"
@@ -259,7 +282,7 @@ class GrpcListener(Listener):
 
     def _exchange(self, stream: _Stream, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """The handler of one stream, in a thread of its own."""
-        patience = threading.Timer(_HANDSHAKE_S, context.cancel)
+        patience = threading.Timer(_HANDSHAKE_S, _show_out, [context])
         patience.daemon = True
         patience.start()
         try:
@@ -271,14 +294,14 @@ class GrpcListener(Listener):
         if first is None:
             return
         hello, welcome = answer(self._expected, first)
-        link = None if hello is None else _ServerLink(hello, stream)  # before the peer may send frames
+        link = None if hello is None else _ServerLink(hello, stream, context)  # before the peer may send frames
         yield welcome
         if link is None:
             return
         if not self._accepted.put(link):
             link.close()
             return
-        yield from link.serve(requests, context)
+        yield from link.serve(requests)
 
     def try_accept(self) -> Link | None:
         return self._accepted.take()
@@ -294,6 +317,11 @@ class GrpcListener(Listener):
         self._accepted.close()
         self._server.stop(_CLOSE_S).wait(2 * _CLOSE_S)
         self._threads.shutdown(wait=False)
+
+
+def _show_out(context: grpc.ServicerContext) -> None:
+    _log.warning("the gRPC client %s said nothing for %g s and was shown out", context.peer(), _HANDSHAKE_S)
+    context.cancel()
 
 
 def wrap(frame: list[Buffer]) -> bytes:

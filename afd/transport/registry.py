@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from afd.credentials import OPEN, Credentials
 from afd.errors import ConfigError, PeerLost, PeerTimeout, TransportError
 from afd.transport import collective, grpc_stream, local, shm
 from afd.transport.base import Hello, Link, Listener
@@ -30,6 +31,7 @@ class _Options:
     deadline_s: float
     faults: Faults | None
     device: torch.device
+    credentials: Credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +60,8 @@ _TRANSPORTS = {  # the best first: `auto` takes the first that reaches
         missing=shm.missing,
     ),
     "grpc": _Transport(
-        listen=lambda expected, o: grpc_stream.listen(expected, o.bind),
-        dial=lambda address, hello, timeout_s, _: grpc_stream.dial(address, hello, timeout_s),
+        listen=lambda expected, o: grpc_stream.listen(expected, o.bind, o.credentials),
+        dial=lambda address, hello, timeout_s, o: grpc_stream.dial(address, hello, timeout_s, o.credentials),
         reaches=lambda address: bool(address.grpc),
     ),
     "collective": _Transport(
@@ -91,6 +93,7 @@ def listen(
     deadline_s: float,
     faults: Faults | None = None,
     device: torch.device = _CPU,
+    credentials: Credentials = OPEN,
 ) -> FfnPort:
     """Opens the doors of one FFN worker. `expected` is what it serves: attention workers whose Hello differs are
     refused (attention_rank aside; max_tokens and microbatches are limits).
@@ -98,9 +101,10 @@ def listen(
     kind "auto" listens on shm, where the machine has it, and gRPC. bind: the address gRPC and collective listen on and
     tell their peers (with or without a port). spin_us: how long a wait polls before it sleeps. deadline_s: longest
     time a send may block. faults: of the inproc transport. device: whose memory the collective transport's frames come
-    to. Raises TransportError when a door cannot be opened, ConfigError for an unknown kind.
+    to. credentials: what gRPC asks of its peers. Raises TransportError when a door cannot be opened, ConfigError for an
+    unknown kind.
     """
-    options = _Options(bind, deadline_s, _checked_faults(kind, faults), device)
+    options = _Options(bind, deadline_s, _checked_faults(kind, faults), device, credentials)
     if kind == "auto":
         names = [name for name in ("shm", "grpc") if not _TRANSPORTS[name].missing()]
     else:
@@ -132,17 +136,18 @@ def connect(
     spin_us: int,
     faults: Faults | None = None,
     device: torch.device = _CPU,
+    credentials: Credentials = OPEN,
 ) -> AttentionPort:
     """Connects one attention worker to every FFN worker. `hello` is what it believes; ffn_rank is filled in from each
     address. FFN workers that are not there yet are tried again.
 
     kind "auto" takes for each the first of inproc, shm and gRPC that reaches it. connect_s: longest time for all
     together. deadline_s: longest wait for one answer. device: whose memory the collective transport's frames come to.
-    Raises HandshakeRefused, PeerLost or PeerTimeout with `peer`
+    credentials: what gRPC shows its peers. Raises HandshakeRefused, PeerLost or PeerTimeout with `peer`
     naming the FFN worker, TransportError when it cannot be reached by `kind` or an FFN rank's address is missing,
     ConfigError for an unknown kind.
     """
-    options = _Options("", deadline_s, _checked_faults(kind, faults), device)
+    options = _Options("", deadline_s, _checked_faults(kind, faults), device, credentials)
     ranks, wanted = sorted(a.ffn_rank for a in addresses), list(range(hello.ep * hello.tp))
     if ranks != wanted:
         raise TransportError(f"addresses name the ffn_ranks {ranks}; EP {hello.ep} times TP {hello.tp} needs {wanted}")

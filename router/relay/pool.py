@@ -11,6 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Collection, Coroutine, Sequence
 
+from afd.credentials import OPEN, Credentials
 from afd.errors import TransportError, Unavailable
 from afd.rpc.attention_client import AttentionClient, Inbox
 from afd.types import ClusterView, GenerateRequest, Role, WorkerView
@@ -41,6 +42,7 @@ class Pool:
         connect_s: float,
         poll_s: float,
         replay_s: float,
+        credentials: Credentials = OPEN,
     ) -> None:
         self.stranded = Stranded(self.submit, replay_s)
         self._watch = watch
@@ -49,6 +51,7 @@ class Pool:
         self._silence_s = silence_s
         self._connect_s = connect_s
         self._poll_s = poll_s
+        self._credentials = credentials
         self._members: dict[int, Member] = {}  # by attention_rank
         self._broken: dict[str, float] = {}  # address: loop time at which its last connection ended
         self._wake = asyncio.Event()
@@ -207,7 +210,11 @@ class Pool:
         peer = f"attention worker {member.worker.rank}"
         try:
             client = await AttentionClient.connect(
-                member.worker.address, peer=peer, deadline_s=self._connect_s, on_lost=self._wake.set
+                member.worker.address,
+                peer=peer,
+                deadline_s=self._connect_s,
+                on_lost=self._wake.set,
+                credentials=self._credentials,
             )
         except TransportError as error:
             log.warning("%s", error)

@@ -23,6 +23,7 @@ from afd.cluster.controller import Cluster
 from afd.cluster.launch import open_cluster
 from afd.cluster.roles import Roles
 from afd.config import Deployment
+from afd.credentials import Credentials, for_run
 from afd.pipeline.analysis import picture
 from afd.pipeline.summary import summarise
 from afd.pipeline.timeline import Activity, Timeline
@@ -83,10 +84,10 @@ def warm_ns() -> float:
     return min(rounds)
 
 
-async def measure(cluster: Cluster, streams: int, seconds: float) -> dict[str, Any]:
+async def measure(cluster: Cluster, credentials: Credentials, streams: int, seconds: float) -> dict[str, Any]:
     """Decodes `streams` requests, and looks at the last `seconds`."""
     (address,) = [worker.address for worker in cluster.view().workers if worker.role is Role.ATTENTION]
-    client = await AttentionClient.connect(address, peer="attention worker 0", deadline_s=10.0)
+    client = await AttentionClient.connect(address, peer="attention worker 0", deadline_s=10.0, credentials=credentials)
     inbox, begun = Inbox(), set[str]()
     params = SamplingParams(max_tokens=4000, temperature=0.0, ignore_eos=True)
     try:
@@ -120,9 +121,10 @@ def main() -> None:
     warm = warm_ns()
     print(f"a mark alone: {warm:.0f} ns, {1e9 / warm:,.0f} per second")
     deployment = Deployment().with_flags({"model": options.model, "topology": "1A1F", "cluster.backend": "local"})
-    with open_cluster(deployment, TIMED) as cluster:
+    credentials = for_run(deployment)
+    with open_cluster(deployment, TIMED, credentials) as cluster:
         assert cluster.wait_ready(300.0), "the workers did not start"
-        rows = [asyncio.run(measure(cluster, streams, options.seconds)) for streams in options.streams]
+        rows = [asyncio.run(measure(cluster, credentials, streams, options.seconds)) for streams in options.streams]
         cluster.stop(0.0)
     print(f"{'streams':>8} {'tokens/s':>9} {'side':>10} {'ns a mark':>10} {'marks/s':>9} {'share':>7}")
     for row in rows:

@@ -12,6 +12,7 @@ from multiprocessing.process import BaseProcess
 
 import torch
 
+from afd.credentials import OPEN, Credentials
 from afd.transport import collective, grpc_stream, local, shm
 from afd.transport.base import Hello, Link, Listener
 from afd.transport.frame import Frame
@@ -90,16 +91,21 @@ def open_ffn(
     bind: str = "127.0.0.1",
     deadline_s: float = SOON_S,
     faults: Faults | None = None,
+    credentials: Credentials = OPEN,
 ) -> FfnPort:
-    return listen(kind, expected, bind=bind, spin_us=20, deadline_s=deadline_s, faults=faults)
+    return listen(kind, expected, bind=bind, spin_us=20, deadline_s=deadline_s, faults=faults, credentials=credentials)
 
 
 @contextmanager
 def ffn_worker(
-    kind: str, answer: Answer = double, expected: Hello = HELLO, faults: Faults | None = None
+    kind: str,
+    answer: Answer = double,
+    expected: Hello = HELLO,
+    faults: Faults | None = None,
+    credentials: Credentials = OPEN,
 ) -> Iterator[FfnThread]:
     """A running FFN worker in this process."""
-    port = open_ffn(kind, expected, faults=faults)
+    port = open_ffn(kind, expected, faults=faults, credentials=credentials)
     try:
         worker = FfnThread(port, answer)
         try:
@@ -119,9 +125,19 @@ def attention(
     connect_s: float = SOON_S,
     deadline_s: float = SOON_S,
     faults: Faults | None = None,
+    credentials: Credentials = OPEN,
 ) -> Iterator[AttentionPort]:
     """A connected attention side."""
-    port = connect(kind, addresses, hello, connect_s=connect_s, deadline_s=deadline_s, spin_us=20, faults=faults)
+    port = connect(
+        kind,
+        addresses,
+        hello,
+        connect_s=connect_s,
+        deadline_s=deadline_s,
+        spin_us=20,
+        faults=faults,
+        credentials=credentials,
+    )
     try:
         yield port
     finally:

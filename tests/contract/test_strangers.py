@@ -8,23 +8,29 @@ import mmap
 import os
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import torch.distributed
 
+from afd.credentials import Credentials
 from afd.errors import HandshakeRefused, TransportError
-from afd.transport import shm
+from afd.rpc import secure
+from afd.transport import grpc_stream, shm
+from afd.transport.frame import Frame, FrameKind, encode
 from afd.transport.handshake import hello_packet
 from afd.transport.ports import AttentionPort
 from afd.transport.shm_link import Region
+from tests import raw_grpc
 from tests.contract.pairs import (
     HELLO,
     KINDS,
@@ -163,6 +169,29 @@ def test_another_users_process_is_refused_shared_memory(monkeypatch: pytest.Monk
             raw_dial("shm", ffn.port.address)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can start a process of another user")
+def test_another_users_process_is_shown_out_of_the_shm_door(caplog: pytest.LogCaptureFixture) -> None:
+    script = (
+        "import socket, sys\n"
+        "client = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "client.connect('\\0' + sys.argv[1])\n"
+        "try:\n"
+        "    client.send(bytes.fromhex(sys.argv[2]))\n"
+        "    print(client.recv(1000))\n"
+        "except OSError as error:\n"
+        "    print(error.strerror)\n"
+    )
+    python = ["/usr/bin/env", "-i", "/usr/bin/python3", "-c", script]  # the tests' own may lie where only root reads
+    hello = hello_packet(replace(HELLO, attention_rank=5)).hex()
+    with ffn_worker("shm") as ffn, attention("shm", [ffn.port.address]) as port:
+        command = [*python, ffn.port.address.shm, hello]
+        done = subprocess.run(command, user=65534, cwd="/", capture_output=True, text=True, timeout=SOON_S)
+        assert done.stdout.strip() in ("b''", "Broken pipe", "Connection reset by peer"), done.stderr
+        works(port)
+        assert ffn.port.connected == {0}
+    assert "a shared-memory client runs as user 65534, this process as user 0" in caplog.text
+
+
 def test_memory_that_its_maker_could_take_away_is_refused() -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as door:
         door.bind("\0afd-test-unsealed")
@@ -244,6 +273,75 @@ def test_a_grpc_message_that_is_no_frame_cuts_off_its_sender_only(
     assert "frame" in caplog.text
 
 
+EXCHANGE = "/afd.rpc.Ffn/Exchange"
+
+
+def test_a_grpc_client_that_does_not_read_its_answers_is_cut_off(caplog: pytest.LogCaptureFixture) -> None:
+    """They would pile up: gRPC sends no more than the client takes."""
+    y, hello = tokens(HELLO.max_tokens), replace(HELLO, attention_rank=5)
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        with grpc.insecure_channel(ffn.port.address.grpc) as channel:
+            cut = threading.Event()
+
+            def requests() -> Iterator[bytes]:
+                yield hello_packet(hello)
+                for sequence in range(1000):
+                    if cut.wait(0.0005):
+                        return
+                    dispatch = Frame(FrameKind.DISPATCH, HELLO.epoch, 5, 0, 0, 0, 0, sequence, len(y), y, None, None)
+                    yield grpc_stream.wrap(encode(dispatch))
+
+            call = channel.stream_stream(EXCHANGE)(requests())
+            settle(lambda: int("attention_rank 5 does not read" not in caplog.text), 0)
+            with pytest.raises(grpc.RpcError) as caught:
+                list(call)
+            cut.set()
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
+        works(port)
+    assert f"attention_rank 5 does not read: {HELLO.microbatches + 1} frames wait for it" in caplog.text
+
+
+def test_grpc_clients_that_stop_half_way_are_shown_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in (secure, grpc_stream):
+        monkeypatch.setattr(module, "HANDSHAKE_S" if module is secure else "_HANDSHAKE_S", 0.5)
+    with ExitStack() as stack:
+        ffn = stack.enter_context(ffn_worker("grpc"))
+        port = stack.enter_context(attention("grpc", [ffn.port.address]))
+        address = ffn.port.address.grpc
+        halves = (b"", b"PRI", raw_grpc.PREFACE)  # no byte, half a preface, a preface without settings
+        clients = [stack.enter_context(raw_grpc.connection(address, SOON_S)) for _ in range(20 * len(halves))]
+        for client, half in zip(clients, halves * 20, strict=True):
+            client.sendall(half)
+        speechless = stack.enter_context(raw_grpc.connection(address, SOON_S))
+        raw_grpc.call(speechless, EXCHANGE, ())
+        works(port)
+        assert all(raw_grpc.is_ended(client) for client in [*clients, speechless])
+        works(port, 1)
+    assert "said nothing for 0.5 s and was shown out" in caplog.text
+
+
+@pytest.mark.parametrize("claimed", [2**31 - 1, 2**32 - 1, HELLO.dispatch_bytes + 2000])
+def test_a_grpc_message_that_claims_to_be_larger_than_a_frame_can_be_is_not_waited_for(claimed: int) -> None:
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        with raw_grpc.connection(ffn.port.address.grpc, SOON_S) as client:
+            raw_grpc.call(client, EXCHANGE, (), raw_grpc.message_of(claimed, bytes(1000)))
+            assert raw_grpc.is_ended(client)
+        works(port)
+
+
+def test_a_grpc_message_larger_than_a_frame_can_be_is_refused_with_the_limit(caplog: pytest.LogCaptureFixture) -> None:
+    with ffn_worker("grpc") as ffn, attention("grpc", [ffn.port.address]) as port:
+        requests = iter([hello_packet(replace(HELLO, attention_rank=5)), bytes(1 << 20)])
+        with grpc.insecure_channel(ffn.port.address.grpc) as channel, pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream(EXCHANGE)(requests))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "larger than max (1048576 vs." in (caught.value.details() or "")
+        works(port)
+        settle(lambda: int("attention_rank 5 is gone" not in caplog.text), 0)
+
+
 def test_garbage_on_the_collective_port_disturbs_nobody() -> None:
     with ffn_worker("collective") as ffn, attention("collective", [ffn.port.address]) as port:
         host, number = ffn.port.address.collective.rsplit(":", 1)
@@ -279,7 +377,7 @@ def test_a_knock_at_the_collective_door_that_is_no_hello_gets_a_refusal_and_dist
 )
 def test_an_address_that_cannot_be_bound_is_named(bind: str, said: str) -> None:
     with pytest.raises(TransportError) as caught:
-        open_ffn("grpc", bind=bind)
+        open_ffn("grpc", bind=bind, credentials=Credentials("a token for this test"))
     assert said in str(caught.value)
 
 
@@ -313,6 +411,19 @@ def test_an_ffn_worker_that_starts_late_is_waited_for() -> None:
     starter.join()
     late[0].stop()
     late[0].port.close()
+
+
+@pytest.mark.parametrize("kind", ["shm", "grpc", "collective"])
+def test_a_pair_of_workers_listens_at_its_address_alone(kind: str) -> None:
+    def ports() -> set[tuple[str, int]]:
+        found = psutil.Process().net_connections("inet")
+        return {(c.laddr.ip.removeprefix("::ffff:"), c.laddr.port) for c in found if c.status == psutil.CONN_LISTEN}
+
+    before = ports()
+    with ffn_worker(kind) as ffn, attention(kind, [ffn.port.address]) as port:
+        works(port)
+        opened = ports() - before
+    assert {ip for ip, _ in opened} == ({"127.0.0.1"} if kind != "shm" else set())
 
 
 # --- what is left ---

@@ -18,6 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
+from afd.config import TlsSection
+
 # The command as a user has it: beside the Python that runs the tests.
 AFD = str(Path(sys.executable).with_name("afd"))
 READY = re.compile(r"is served at (\S+)/v1")
@@ -25,13 +27,15 @@ READY = re.compile(r"is served at (\S+)/v1")
 
 @dataclass
 class Serving:
-    """A running server. `lines` is what it printed so far; `api_key`: what it wants to be asked with."""
+    """A running server. `lines` is what it printed so far; `api_key`: what it wants to be asked with; `tls`: of its
+    workers."""
 
     process: subprocess.Popen[str]
     url: str = ""
     start_s: float = 0.0
     lines: list[str] = field(default_factory=list)
     api_key: str = ""
+    tls: TlsSection | None = None
 
     def status(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
@@ -60,9 +64,13 @@ def until(true: Any, seconds: float = 20.0) -> None:
 
 
 @contextmanager
-def serving(model: str | Path, *arguments: str, seconds: float = 120.0) -> Iterator[Serving]:
+def serving(
+    model: str | Path, *arguments: str, seconds: float = 120.0, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
     """Runs `afd serve` until the block ends; whatever is left then is killed."""
-    with running("serve", "--model", str(model), "--port", "0", *arguments, seconds=seconds) as server:
+    with running(
+        "serve", "--model", str(model), "--port", "0", *arguments, seconds=seconds, environment=environment
+    ) as server:
         yield server
 
 

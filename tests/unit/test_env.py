@@ -19,7 +19,7 @@ def test_known_variables_are_read_and_others_without_the_prefix_ignored() -> Non
 
 
 def test_an_unknown_variable_is_refused_with_the_known_ones() -> None:
-    known = "AFD_API_KEYS, AFD_CACHE, AFD_KERNELS, AFD_LOG, AFD_LOG_FORMAT"
+    known = "AFD_API_KEYS, AFD_CACHE, AFD_CLUSTER_TOKEN, AFD_KERNELS, AFD_LOG, AFD_LOG_FORMAT"
     with pytest.raises(ConfigError, match=f"unknown environment variable AFD_LOGS; known are {known}"):
         env.read({"AFD_LOGS": "debug"})
 

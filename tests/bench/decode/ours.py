@@ -17,6 +17,7 @@ import yaml
 from afd.cluster.controller import Cluster
 from afd.cluster.launch import open_cluster
 from afd.config import Deployment
+from afd.credentials import Credentials, for_run
 from afd.pipeline.analysis import picture
 from afd.pipeline.summary import as_json
 from afd.rpc.attention_client import AttentionClient, Inbox
@@ -142,9 +143,10 @@ class _Stream(asyncio.Protocol):
 class Engine(_Ours):
     """An attention and an FFN worker, asked through the attention worker's gRPC stream."""
 
-    def __init__(self, name: str, cluster: Cluster) -> None:
+    def __init__(self, name: str, cluster: Cluster, credentials: Credentials) -> None:
         super().__init__(name, self._stream, self._summary)
         self._cluster = cluster
+        self._credentials = credentials
 
     def pids(self) -> list[int]:
         """See Candidate."""
@@ -152,7 +154,9 @@ class Engine(_Ours):
 
     async def _stream(self, prompts: Prompts, tokens: int, arrivals: list[list[float]]) -> None:
         (address,) = [w.address for w in self._cluster.view().workers if w.role is Role.ATTENTION]
-        client = await AttentionClient.connect(address, peer="attention worker 0", deadline_s=CONNECT_S)
+        client = await AttentionClient.connect(
+            address, peer="attention worker 0", deadline_s=CONNECT_S, credentials=self._credentials
+        )
         inbox, left = Inbox(), len(prompts)
         params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
         try:
@@ -183,7 +187,8 @@ def http(name: str, deployment: Deployment, folder: Path) -> Iterator[Http]:
 
 @contextmanager
 def engine(name: str, deployment: Deployment) -> Iterator[Engine]:
-    with open_cluster(deployment) as cluster:
+    credentials = for_run(deployment)
+    with open_cluster(deployment, credentials=credentials) as cluster:
         if not cluster.wait_ready(START_S):
             raise BenchError(f"{name}: the workers were not ready within {START_S:g} s")
-        yield Engine(name, cluster)
+        yield Engine(name, cluster, credentials)

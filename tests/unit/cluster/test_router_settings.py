@@ -11,18 +11,19 @@ import pytest
 from afd import spec as specs
 from afd.cluster import launch
 from afd.config import Deployment, parse
+from afd.credentials import OPEN, Credentials, for_run
 from afd.errors import ConfigError
-from afd.types import Role
+from afd.types import ClusterView, Role, WorkerView
 from router.settings import RouterSettings
 from tests import tiny
 
 
-def settings(deployment: Deployment) -> RouterSettings:
+def settings(deployment: Deployment, credentials: Credentials = OPEN) -> RouterSettings:
     files: Any = SimpleNamespace(
         name="tiny", tokenizer_json=Path("tokenizer.json"), tokenizer_config={}, generation_config={}
     )
     router = SimpleNamespace(RouterSettings=RouterSettings)
-    made = launch.router_settings(router, deployment, files, specs.from_config(tiny.CONFIG))
+    made = launch.router_settings(router, deployment, files, specs.from_config(tiny.CONFIG), credentials)
     assert isinstance(made, RouterSettings)
     return made
 
@@ -71,3 +72,31 @@ def test_the_fingerprint_changes_with_what_may_change_an_answer() -> None:
     ]
     assert len({plain, *others}) == 4
     assert settings(parse({"router": {"port": 1}}, "test")).fingerprint == plain
+
+
+def test_a_router_has_its_runs_token_and_does_not_show_it() -> None:
+    run = for_run(Deployment())
+    made = settings(Deployment(), run)
+    assert made.credentials == run
+    assert run.token not in repr(made)
+
+
+@pytest.mark.parametrize(
+    ("address", "transport", "said"),
+    [
+        ("127.0.0.1:4000", {}, []),
+        ("[::1]:4000", {}, []),
+        ("192.0.2.7:4000", {}, ["workers listen on 192.0.2.7 in plain gRPC"]),
+        ("192.0.2.7:4000", {"tls": {"cert": "c", "key": "k", "ca": "a"}}, []),
+        ("192.0.2.7:4000", {"kind": "collective"}, ["in plain gRPC", "the collective transport asks nobody"]),
+        ("127.0.0.1:4000", {"kind": "collective"}, []),
+    ],
+)
+def test_wires_that_others_can_read_are_told_once(
+    address: str, transport: dict[str, object], said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    workers = tuple(WorkerView(Role.ATTENTION, rank, "ready", address) for rank in range(3))
+    deployment = parse({"transport": transport}, "test")
+    launch._warn_of_open_wires(deployment, ClusterView(1, "m", "3A1F", (WorkerView(Role.FFN, 0, "ready"), *workers)))
+    assert len(caplog.messages) == len(said)
+    assert all(words in message for words, message in zip(said, caplog.messages, strict=True))

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 
 from afd.config import Deployment
+from afd.credentials import Credentials
 from afd.errors import CheckpointError, ClusterError, PeerLost
 from afd.pipeline.timeline import Recording, Timeline
 from afd.types import FfnAddress, Role
@@ -16,7 +17,9 @@ from afd.types import FfnAddress, Role
 class Toy:
     role = ""
 
-    def __init__(self, deployment: Deployment, rank: int, epoch: int, workers_on_host: int) -> None:
+    def __init__(
+        self, deployment: Deployment, rank: int, epoch: int, workers_on_host: int, credentials: Credentials
+    ) -> None:
         self.rank = rank
         self.num_ffn = deployment.counts.ffn
         me = f"{self.role}{rank}:"
