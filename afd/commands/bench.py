@@ -65,9 +65,7 @@ async def _run(plan: Plan, watch: bool, console: Console) -> tuple[Found | None,
 def _ask(plan: Plan) -> tuple[str, list[Worker]]:
     """The model to ask for, and a server of ours' workers (none of another's)."""
     wanted, target = plan.target.model, plan.target
-    with client(target.url) as session:
-        if target.api_key:
-            session.headers["authorization"] = f"Bearer {target.api_key}"
+    with client(target.url, api_key=target.api_key) as session:
         served = _models(session, target.url, wanted)
         if wanted and served and wanted not in served:
             raise ConfigError(f"model {wanted!r} is not served at {target.url}; it has {', '.join(served)} (--model)")

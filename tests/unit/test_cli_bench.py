@@ -134,6 +134,19 @@ def test_what_cannot_be_is_refused_before_anything_is_sent(
     assert answering.bodies == []
 
 
+@pytest.mark.parametrize(("named", "sent"), [({}, set()), ({"OPENAI_API_KEY": "theirs"}, {"theirs"})])
+def test_a_foreign_server_never_sees_our_own_servers_key(
+    named: dict[str, str], sent: set[str], monkeypatch: Monkey
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name, value in (named | {"AFD_API_KEYS": "ours"}).items():
+        monkeypatch.setenv(name, value)
+    with serving(answering := script()) as url:
+        assert afd(monkeypatch, "bench", "--url", url, "--requests", "2", "--output-tokens", "2") == 0
+    assert len(answering.bodies) == 2
+    assert answering.keys == sent
+
+
 @pytest.mark.parametrize(
     ("url", "sentence"),
     [("http://127.0.0.1:1", "nothing answers at http://127.0.0.1:1"), ("not a url", "not a url")],

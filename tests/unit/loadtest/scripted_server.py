@@ -28,6 +28,7 @@ class Script:
     get: dict[str, Callable[[], str]] = field(default_factory=dict)  # path: what gives the body
     bodies: list[dict[str, object]] = field(default_factory=list)
     connections: int = 0
+    keys: set[str] = field(default_factory=set)  # what stood behind "bearer", in any request
 
 
 def event(value: object) -> bytes:
@@ -51,6 +52,9 @@ class _Server:
         head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
         method, path, _ = head.split("\r\n")[0].split()
         script = self._script
+        script.keys |= {
+            line.split("bearer ")[1] for line in head.split("\r\n") if line.startswith("authorization: bearer ")
+        }
         if method == "get":
             body = script.get.get(path)
             self._plain(writer, 200 if body else 404, body() if body else "nothing here")
