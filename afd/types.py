@@ -137,7 +137,8 @@ class GenerateOutput:
 class FfnAddress:
     """Where an FFN worker can be reached; transports pick what they can use.
 
-    `host_key` is equal for two processes that can share memory (same boot, network namespace and user).
+    `host_key` is equal for two processes that can share memory (same boot, network namespace and user). `replica`
+    tells apart the workers that serve the same rank. No two lives of a worker have the same address.
     """
 
     ffn_rank: int
@@ -146,6 +147,11 @@ class FfnAddress:
     grpc: str = ""  # host:port
     inproc: str = ""  # name in this process's registry
     collective: str = ""  # host:port of a torch.distributed store
+    replica: int = 0
+
+    def same_place(self, other: FfnAddress) -> bool:
+        """Whether one of the two has come in the other's place."""
+        return (self.ffn_rank, self.replica) == (other.ffn_rank, other.replica)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +188,8 @@ class WorkerTotals:
     expert_tokens: int = 0
 
 
-WorkerState = Literal["starting", "ready", "draining", "lost"]
+# recovering: it waits for another worker to come back, and meanwhile takes requests; lost: for good.
+WorkerState = Literal["starting", "ready", "recovering", "draining", "lost"]
 
 
 @dataclass(frozen=True, slots=True)

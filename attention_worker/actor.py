@@ -18,7 +18,7 @@ from afd.models.halves import AttentionHalf
 from afd.pipeline.timeline import Recording
 from afd.rpc import attention_pb2 as pb
 from afd.transport import registry as transports
-from afd.transport.ports import AttentionPort
+from afd.transport.attention_port import AttentionPort
 from afd.types import FfnAddress, Role
 from attention_worker.block_manager import BlockManager
 from attention_worker.engine import Engine
@@ -45,6 +45,7 @@ class AttentionWorker:
         self._kernels: CDLL | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
+        self._reconnecting = threading.Lock()
         self._service = Service(self.status_reply, deployment.transport.bind)
 
     def start(self) -> str:
@@ -80,10 +81,26 @@ class AttentionWorker:
         self._thread.start()
         self._service.serve_engine(self._engine)
 
+    def reconnect(self, ffn: Sequence[FfnAddress]) -> None:
+        """Shakes hands with those of the FFN workers at `ffn` that it has no living link to, and hands the links to
+        the engine. Raises TransportError for the first that cannot be reached; those before it are taken."""
+        plan, engine, transport = self._plan, self._engine, self.deployment.transport
+        assert plan is not None, "reconnect before start"
+        assert engine is not None, "reconnect before connect"
+        with self._reconnecting:
+            for address in ffn:
+                if address not in engine.port.living:
+                    hello = plan.hello(self.epoch, self.attention_rank, 0)
+                    limits = {"connect_s": transport.connect_s, "deadline_s": transport.deadline_s}
+                    engine.adopt(address, transports.dial(transport.kind, address, hello, device=plan.device, **limits))
+
     def status(self) -> dict[str, object]:
-        """State and totals, for the controller."""
+        """State and totals, for the controller. See afd.cluster.roles."""
         reply = self.status_reply()
+        port = self._engine.port if self._engine else None
         return {
+            "ffn_living": port.living if port else (),
+            "ffn_suspects": port.suspects if port else (),
             "state": reply.state,
             "message": reply.problem,
             "pid": os.getpid(),
@@ -110,7 +127,7 @@ class AttentionWorker:
         return pb.StatusReply(
             attention_rank=self.attention_rank,
             state=engine.state,
-            problem=requests.problem,
+            problem=engine.problem,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             blocks_total=scheduler.blocks.num_blocks,
@@ -178,6 +195,7 @@ class AttentionWorker:
             max_waiting=settings.max_waiting,
             tuner=tuner,
             attention_rank=self.attention_rank,
+            recover_s=self.deployment.cluster.recover_s,
             grammars=Grammars(plan.files.tokenizer_json, spec.vocab, spec.eos_token_ids),
         )
 

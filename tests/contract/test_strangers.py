@@ -22,8 +22,8 @@ import torch.distributed
 
 from afd.errors import HandshakeRefused, TransportError
 from afd.transport import shm
+from afd.transport.attention_port import AttentionPort
 from afd.transport.handshake import hello_packet
-from afd.transport.ports import AttentionPort
 from afd.transport.shm_link import Region
 from tests.contract.pairs import (
     HELLO,
