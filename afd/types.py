@@ -203,9 +203,15 @@ class WorkerView:
     address: str = ""
     pid: int = 0
     node: str = ""
-    message: str = ""  # one sentence when lost or draining
+    message: str = ""  # one sentence when lost, draining, recovering, or starting again
     counters: Mapping[str, int] = field(default_factory=dict)
     totals: WorkerTotals | None = None
+    replica: int = 0  # of its ffn_rank
+
+    @property
+    def label(self) -> str:
+        """Its rank, told apart from that of the rank's other replicas."""
+        return f"{self.rank}.{self.replica}" if self.replica else str(self.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,5 +226,6 @@ class ClusterView:
     @property
     def problem(self) -> str:
         """One sentence on why the cluster cannot serve, or "" when it can."""
-        lost = [w for w in self.workers if w.state == "lost" and w.role is Role.FFN]
-        return lost[0].message if lost else ""
+        ffn = [w for w in self.workers if w.role is Role.FFN]
+        kept = {w.rank for w in ffn if w.state != "lost"}  # ranks that some replica serves, or will again
+        return next((w.message for w in ffn if w.rank not in kept), "")

@@ -59,15 +59,15 @@ class AttentionWorker:
         self._model = plan.family.attention(plan.spec, plan.weights(Role.ATTENTION), self._kernels)
         return self._service.start()
 
-    def connect(self, ffn: Sequence[FfnAddress]) -> None:
-        """Shakes hands with every FFN worker, then starts the engine. Raises TransportError."""
+    def connect(self, ffn: Sequence[FfnAddress], within_s: float | None = None) -> None:
+        """Shakes hands with every FFN worker, then starts the engine. Raises TransportError. See afd.cluster.roles."""
         assert self._plan is not None, "connect before start"
         transport = self.deployment.transport
         port = transports.connect(
             transport.kind,
             ffn,
             self._plan.hello(self.epoch, self.attention_rank, 0),
-            connect_s=transport.connect_s,
+            connect_s=min(transport.connect_s, within_s or transport.connect_s),
             deadline_s=transport.deadline_s,
             spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
             device=self._plan.device,
@@ -81,7 +81,7 @@ class AttentionWorker:
         self._thread.start()
         self._service.serve_engine(self._engine)
 
-    def reconnect(self, ffn: Sequence[FfnAddress]) -> None:
+    def reconnect(self, ffn: Sequence[FfnAddress], within_s: float) -> None:
         """Shakes hands with those of the FFN workers at `ffn` that it has no living link to, and hands the links to
         the engine. Raises TransportError for the first that cannot be reached; those before it are taken."""
         plan, engine, transport = self._plan, self._engine, self.deployment.transport
@@ -90,9 +90,15 @@ class AttentionWorker:
         with self._reconnecting:
             for address in ffn:
                 if address not in engine.port.living:
-                    hello = plan.hello(self.epoch, self.attention_rank, 0)
-                    limits = {"connect_s": transport.connect_s, "deadline_s": transport.deadline_s}
-                    engine.adopt(address, transports.dial(transport.kind, address, hello, device=plan.device, **limits))
+                    link = transports.dial(
+                        transport.kind,
+                        address,
+                        plan.hello(self.epoch, self.attention_rank, 0),
+                        connect_s=min(transport.connect_s, within_s),
+                        deadline_s=transport.deadline_s,
+                        device=plan.device,
+                    )
+                    engine.adopt(address, link)
 
     def status(self) -> dict[str, object]:
         """State and totals, for the controller. See afd.cluster.roles."""
@@ -100,7 +106,7 @@ class AttentionWorker:
         port = self._engine.port if self._engine else None
         return {
             "ffn_living": port.living if port else (),
-            "ffn_suspects": port.suspects if port else (),
+            "ffn_suspects": port.suspects if port else {},
             "state": reply.state,
             "message": reply.problem,
             "pid": os.getpid(),

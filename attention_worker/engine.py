@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 # The loop looks up this often when nothing happens; answers, notes and lost peers wake it at once.
 IDLE_S = 1.0
 
+# Longest wait for a step of attention to end, after which a new link is taken.
+ADOPT_S = 5.0
+
 # Unanswered dispatches that keep the FFN side busy for a while: one is computed, one waits.
 ENOUGH = 2
 
@@ -280,8 +283,17 @@ class Engine:
 
     def adopt(self, address: FfnAddress, link: Link) -> None:
         """Takes a new link to an FFN worker, dialled at `address`, in place of the one that its rank and replica had.
-        Called by the worker's `reconnect`. The link is the engine's from now on, which closes it in the end."""
-        self._note(lambda: self._take_in(address, link))
+        Called by the worker's `reconnect`; returns when it serves. The link is the engine's from now on, which closes
+        it in the end."""
+        taken = threading.Event()
+
+        def take() -> None:
+            self._take_in(address, link)
+            taken.set()
+
+        self._note(take)
+        if not taken.wait(ADOPT_S):
+            log.warning("the engine has not taken the link to %s within %g s; it will", link.peer, ADOPT_S)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for the others; whether all ended in time."""

@@ -223,7 +223,8 @@ def _router_settings(router: Any, deployment: Deployment, files: library.ModelFi
         usd_per_hour=_usd_per_hour(deployment.router.prices),
         tool_parser=deployment.router.tool_parser,
         reasoning_parser=deployment.router.reasoning_parser,
-        deadline_s=deployment.transport.deadline_s + 30.0,  # the workers' own deadline runs out first and says more
+        # The workers' own deadlines run out first and say more.
+        deadline_s=deployment.transport.deadline_s + deployment.cluster.recover_s + 30.0,
     )
 
 

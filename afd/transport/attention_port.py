@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -61,10 +61,10 @@ class AttentionPort(Port):
         # By ffn_rank, the microbatches whose dispatch nobody of the rank has now; in order.
         self._unsent: dict[int, dict[int, None]] = {ffn_rank: {} for ffn_rank in self.ffn_ranks}
         self._losses: deque[TransportError] = deque()  # not told yet
-        # What other threads may read: addresses of the living workers, and of those that were too late or sent what
-        # they must not, until they are replaced.
+        # What other threads may read: addresses of the living workers; and why they were cut off, of those that were
+        # too late or sent what they must not, until they are replaced. Never changed, but replaced.
         self.living: tuple[FfnAddress, ...] = ()
-        self.suspects: tuple[FfnAddress, ...] = ()
+        self.suspects: Mapping[FfnAddress, str] = {}
         for address, link in links:
             self._add(_Worker(address, link))
 
@@ -195,7 +195,7 @@ class AttentionPort(Port):
         self._all.append(worker)
         self._serving[worker.address.ffn_rank].append(worker)
         self._watch(worker.link)
-        self.suspects = tuple(a for a in self.suspects if not a.same_place(worker.address))
+        self.suspects = {a: why for a, why in self.suspects.items() if not a.same_place(worker.address)}
         self._tell()
 
     def _lose(self, worker: _Worker, error: TransportError) -> None:
@@ -203,7 +203,7 @@ class AttentionPort(Port):
         error = named(error, worker.link.peer)
         self._losses.append(error)
         if not isinstance(error, PeerLost):
-            self.suspects = (*self.suspects, worker.address)
+            self.suspects = {**self.suspects, worker.address: str(error)}
         self._remove(worker)
 
     def _lose_the_late(self) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -112,7 +113,7 @@ def listen(
         for name in names:
             listeners[name] = _TRANSPORTS[name].listen(expected, options)
             opened.callback(listeners[name].close)
-        doors = {name: listener.address for name, listener in listeners.items()}
+        doors: dict[str, Any] = {name: listener.address for name, listener in listeners.items()}
         port = FfnPort(
             tuple(listeners.values()),
             FfnAddress(expected.ffn_rank, host_key(), **doors),

@@ -40,7 +40,12 @@ class Member:
     def usable(self) -> bool:
         """Whether new requests may go there."""
         draining = self.status is not None and self.status.state == "draining"
-        return self.worker.state == "ready" and not draining and self.client is not None and not self.client.lost
+        return (
+            self.worker.state in ("ready", "recovering")
+            and not draining
+            and self.client is not None
+            and not self.client.lost
+        )
 
     def load(self, client: AttentionClient) -> Load:
         """What the policy is told: this router's part as it is now, the rest as the worker told it last."""
@@ -162,7 +167,7 @@ class Pool:
                 member.worker = worker
                 self._check_progress(member)
                 self._ask_again(member)
-            elif worker.state == "ready" and worker.address and not self._just_broken(worker.address):
+            elif worker.state in ("ready", "recovering") and worker.address and not self._just_broken(worker.address):
                 self._members[attention_rank] = member = Member(worker)
                 member.task = asyncio.create_task(self._connect(member))
 

@@ -281,7 +281,7 @@ def test_an_ffn_worker_that_does_not_answer_is_named_after_the_deadline(kind: st
             "ffn_rank 0 has not answered microbatch 1, step 6, layer 2 for 0.3 s (transport.deadline_s)"
         )
         assert caught.value.peer == "ffn_rank 0"
-        assert (port.missing, port.suspects) == ((0,), (ffn.port.address,))
+        assert (port.missing, port.suspects) == ((0,), {ffn.port.address: str(caught.value)})
 
 
 def test_a_wait_ends_at_its_timeout(kind: str) -> None:
@@ -438,7 +438,7 @@ def test_an_answer_to_something_else_is_an_error_and_never_used(
             port.collect(SOON_S)
         assert said in str(caught.value)
         assert caught.value.peer == "ffn_rank 0"
-        assert (port.missing, port.suspects) == ((0,), (raw_address(kind, listener),))
+        assert (port.missing, port.suspects) == ((0,), {raw_address(kind, listener): str(caught.value)})
         with pytest.raises(PeerLost, match="attention_rank 0"):
             next_frame(link)
 

@@ -154,8 +154,10 @@ def test_a_worker_that_never_starts_is_named_with_the_limit_and_the_knob(open_cl
         cluster.wait_ready(START_S)
 
 
-def test_a_killed_worker_is_lost_within_a_second_and_the_others_stay(open_processes: OpenCluster) -> None:
-    with open_processes(deployment()) as cluster:
+def test_a_killed_worker_that_may_not_start_again_is_lost_within_a_second_and_the_others_stay(
+    open_processes: OpenCluster,
+) -> None:
+    with open_processes(deployment(cluster__restarts=0)) as cluster:
         assert cluster.wait_ready(START_S)
         eventually(lambda: all(w.pid for w in cluster.view().workers), 5.0)
         victim = next(w for w in cluster.view().workers if w.role is Role.FFN and w.rank == 1)
@@ -163,14 +165,15 @@ def test_a_killed_worker_is_lost_within_a_second_and_the_others_stay(open_proces
         eventually(lambda: cluster.view().problem, 1.0)
         view = cluster.view()
         assert f"ffn_rank 1 (pid {victim.pid}" in view.problem
+        assert "cluster.restarts is 0" in view.problem
         assert [w.state for w in view.workers] == ["ready", "lost", "ready", "ready"]
 
 
 def test_a_worker_that_says_it_is_lost_is_marked_with_its_own_sentence(open_cluster: OpenCluster) -> None:
-    with open_cluster(deployment("attention1:lose")) as cluster:
+    with open_cluster(deployment("attention1:lose", cluster__restarts=0)) as cluster:
         assert cluster.wait_ready(START_S)
         eventually(lambda: cluster.view().workers[3].state == "lost", 2.0)
-        assert cluster.view().workers[3].message == "the wire was cut"
+        assert cluster.view().workers[3].message.startswith("the wire was cut")
         assert cluster.view().problem == "", "an attention worker's loss does not end the service"
 
 
@@ -237,7 +240,7 @@ def test_a_frozen_controller_holds_nobody_up_and_loses_no_worker(
     open_processes: OpenCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("afd.cluster.ray_host.ASK_S", 0.3)
-    with open_processes(deployment()) as cluster:
+    with open_processes(deployment(cluster__restarts=0)) as cluster:
         assert cluster.wait_ready(START_S)
         eventually(lambda: cluster._controller.pid, 5.0)  # type: ignore[attr-defined]
         controller = psutil.Process(cluster._controller.pid)  # type: ignore[attr-defined]

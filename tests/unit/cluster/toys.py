@@ -4,6 +4,7 @@ words such as `ffn0:refuse` (role, rank, deed) in any number."""
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 
@@ -16,9 +17,11 @@ from afd.types import FfnAddress, Role
 class Toy:
     role = ""
 
-    def __init__(self, deployment: Deployment, rank: int, epoch: int, workers_on_host: int) -> None:
-        self.rank = rank
+    def __init__(self, deployment: Deployment, rank: int | None, epoch: int, workers_on_host: int) -> None:
+        self.rank = -1 if rank is None else rank
         self.num_ffn = deployment.counts.ffn
+        self.replicas = deployment.ffn.replicas
+        self.life = secrets.token_hex(4)
         me = f"{self.role}{rank}:"
         self.deeds = [word.removeprefix(me) for word in deployment.model.split() if word.startswith(me)]
         self.never = threading.Event()
@@ -48,9 +51,14 @@ class Toy:
 class ToyFfn(Toy):
     role = "ffn"
 
-    def start(self) -> FfnAddress:
+    def prepare(self) -> None:
+        if "unprepared" in self.deeds:
+            raise CheckpointError("a standby does not like the plan")
+
+    def start(self, ffn_rank: int | None = None) -> FfnAddress:
+        self.rank = self.rank if ffn_rank is None else ffn_rank
         self.begin()
-        return FfnAddress(self.rank, inproc=f"toy {self.rank}")
+        return FfnAddress(self.rank, inproc=f"toy {self.rank} {self.life}")
 
     def stop(self) -> None:
         pass
@@ -63,11 +71,20 @@ class ToyAttention(Toy):
         self.begin()
         return f"127.0.0.1:{self.rank + 1}"  # nobody listens there
 
-    def connect(self, ffn: Sequence[FfnAddress]) -> None:
+    def connect(self, ffn: Sequence[FfnAddress], within_s: float | None = None) -> None:
         if "deaf" in self.deeds:
             self.never.wait()
-        if [address.inproc for address in ffn] != [f"toy {rank}" for rank in range(self.num_ffn)]:
+        wanted = [(rank, replica) for rank in range(self.num_ffn) for replica in range(self.replicas)]
+        if [(address.ffn_rank, address.replica) for address in ffn] != wanted:
             raise ClusterError(f"these are not all the FFN workers, in order: {ffn}")
+        self.met = {(address.ffn_rank, address.replica): address for address in ffn}
+
+    def reconnect(self, ffn: Sequence[FfnAddress], within_s: float) -> None:
+        self.met |= {(address.ffn_rank, address.replica): address for address in ffn}
+
+    def status(self) -> dict[str, object]:
+        met = tuple(getattr(self, "met", {}).values())
+        return super().status() | {"ffn_living": met, "lives": sorted(a.inproc.split()[-1] for a in met)}
 
     def stop(self, drain_s: float) -> None:
         if "stuck" in self.deeds:
