@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -90,7 +91,7 @@ def recover(server: Serving, load: Load, how: str, rank: int, limit_s: float = 6
 
 def pause_s(at: list[float], fault_s: float) -> float:
     """From the fault to the end of the longest time without a token that ends after it."""
-    gaps = [(after - before, after) for before, after in zip(at, at[1:], strict=False) if after > fault_s]
+    gaps = [(after - before, after) for before, after in pairwise(at) if after > fault_s]
     return max(gaps)[1] - fault_s
 
 
