@@ -46,6 +46,7 @@ class AttentionWorker:
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
         self._reconnecting = threading.Lock()
+        self._address = ""
         self._service = Service(self.status_reply, deployment.transport.bind)
 
     def start(self) -> str:
@@ -57,7 +58,8 @@ class AttentionWorker:
         self._plan = plan = build.plan(self.deployment)
         self._kernels = build.attention_kernels(plan, self.deployment.attention.block_size)
         self._model = plan.family.attention(plan.spec, plan.weights(Role.ATTENTION), self._kernels)
-        return self._service.start()
+        self._address = self._service.start()
+        return self._address
 
     def connect(self, ffn: Sequence[FfnAddress], within_s: float | None = None) -> None:
         """Shakes hands with every FFN worker, then starts the engine. Raises TransportError. See afd.cluster.roles."""
@@ -105,6 +107,7 @@ class AttentionWorker:
         reply = self.status_reply()
         port = self._engine.port if self._engine else None
         return {
+            "address": self._address or None,
             "ffn_living": port.living if port else (),
             "ffn_suspects": port.suspects if port else {},
             "state": reply.state,

@@ -76,6 +76,7 @@ class FfnWorker:
         return {
             "state": "lost" if self._problem else "ready" if self._loop else "starting",
             "message": self._problem,
+            "address": self._loop.port.address if self._loop else None,
             "pid": os.getpid(),
             "calls": counters.calls if counters else 0,
             "dispatches": counters.dispatches if counters else 0,

@@ -20,6 +20,7 @@ from afd.cluster.host import Handle, Host
 from afd.cluster.placement import Seat, resources_of, wanted
 from afd.cluster.reconciler import Reconciler
 from afd.cluster.restarts import Restarts
+from afd.cluster.resume import resume
 from afd.cluster.roles import Roles
 from afd.cluster.standby import Standbys
 from afd.cluster.timelines import collect
@@ -112,8 +113,9 @@ class Controller:
 
     def _run(self) -> None:
         try:
-            self._start_all()
-            self._connect()
+            if not resume(self._workers, self._host.survivors(), self._deployment.cluster.silent_s):
+                self._start_all()
+                self._connect()
         except AfdError as error:
             self._give_up(error)
             return

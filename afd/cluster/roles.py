@@ -36,8 +36,9 @@ class FfnRole(Protocol):
         from now on."""
 
     def status(self) -> dict[str, object]:
-        """{"state": a WorkerState, "message": one sentence when lost, "totals": its timeline's, or None before there
-        is one, "pid", ...counters}. Never blocks. Whoever is "lost" is ended, and started again."""
+        """{"state": a WorkerState, "message": one sentence when lost, "address": what `start` gave, or None before,
+        "totals": its timeline's, or None before there is one, "pid", ...counters}. Never blocks. Whoever is "lost" is
+        ended, and started again."""
 
     def timeline(self, since_ns: int, max_events: int) -> Recording:
         """The newest part of its timeline: afd.pipeline.timeline.Timeline.since. Never blocks. Raises ClusterError

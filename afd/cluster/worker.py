@@ -12,9 +12,10 @@ from afd.cluster.host import Handle
 from afd.cluster.placement import Seat
 from afd.cluster.probe import Probe
 from afd.cluster.restarts import Restarts
-from afd.types import FfnAddress, WorkerView
+from afd.types import FfnAddress, Role, WorkerView
 
-NOT_COUNTERS = frozenset({"state", "message", "pid", "totals", "ffn_living", "ffn_suspects"})  # of a role's status
+# Of what a role's status says.
+NOT_COUNTERS = frozenset({"state", "message", "pid", "totals", "address", "ffn_living", "ffn_suspects"})
 
 
 class Phase(Enum):
@@ -51,6 +52,11 @@ class Worker:
     @property
     def name(self) -> str:
         return self.seat.name
+
+    @property
+    def ffn_rank(self) -> int | None:
+        """None: of an attention worker."""
+        return self.seat.rank if self.seat.role is Role.FFN else None
 
     def begins(self, handle: Handle, call: Future[Any], now_s: float, wake: Callable[[], None]) -> None:
         """A new life; `call` is its start."""

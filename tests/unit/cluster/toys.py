@@ -21,6 +21,7 @@ class Toy:
         self.rank = -1 if rank is None else rank
         self.num_ffn = deployment.counts.ffn
         self.replicas = deployment.ffn.replicas
+        self.address: object = None
         self.life = secrets.token_hex(4)
         me = f"{self.role}{rank}:"
         self.deeds = [word.removeprefix(me) for word in deployment.model.split() if word.startswith(me)]
@@ -39,8 +40,14 @@ class Toy:
 
     def status(self) -> dict[str, object]:
         lost = "lose" in self.deeds
-        said = {"state": "lost" if lost else "ready", "message": "the wire was cut" if lost else "", "pid": os.getpid()}
-        return said | {"deeds": len(self.deeds), "totals": self.time.totals()}
+        return {
+            "state": "lost" if lost else "ready",
+            "message": "the wire was cut" if lost else "",
+            "address": self.address,
+            "pid": os.getpid(),
+            "deeds": len(self.deeds),
+            "totals": self.time.totals(),
+        }
 
     def timeline(self, since_ns: int, max_events: int) -> Recording:
         if "forget" in self.deeds:
@@ -58,7 +65,8 @@ class ToyFfn(Toy):
     def start(self, ffn_rank: int | None = None) -> FfnAddress:
         self.rank = self.rank if ffn_rank is None else ffn_rank
         self.begin()
-        return FfnAddress(self.rank, inproc=f"toy {self.rank} {self.life}")
+        self.address = FfnAddress(self.rank, inproc=f"toy {self.rank} {self.life}")
+        return self.address
 
     def stop(self) -> None:
         pass
@@ -69,7 +77,8 @@ class ToyAttention(Toy):
 
     def start(self) -> str:
         self.begin()
-        return f"127.0.0.1:{self.rank + 1}"  # nobody listens there
+        self.address = f"127.0.0.1:{self.rank + 1}"  # nobody listens there
+        return self.address
 
     def connect(self, ffn: Sequence[FfnAddress], within_s: float | None = None) -> None:
         if "deaf" in self.deeds:
