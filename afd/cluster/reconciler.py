@@ -77,7 +77,8 @@ class Reconciler:
         silent_s, patience_s = worker.probe.silent_s, self._settings.silent_s
         if worker.phase is not Phase.SERVING:
             patience_s = max(patience_s, STARTING_S)
-        if silent_s > patience_s:
+        placed = worker.handle is not None and worker.handle.pid  # Ray may be looking for room still: cluster.start_s
+        if placed and silent_s > patience_s:
             return self._lose(worker, f"{worker.name} has not answered for {silent_s:.1f} s (cluster.silent_s)", now_s)
         if status is None or worker.phase is not Phase.SERVING:
             return True

@@ -69,7 +69,7 @@ class AttentionRole(Protocol):
     def timeline(self, since_ns: int, max_events: int) -> Recording:
         """As an FFN worker's."""
 
-    def stop(self, drain_s: float) -> None:
+    def stop(self, drain_s: float = 0.0) -> None:
         """Lets running requests finish for at most `drain_s` seconds, tells the others, ends. Legal in any state,
         before `connect` too."""
 

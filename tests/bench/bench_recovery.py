@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--standby", type=int, default=0)
-    parser.add_argument("--silent-s", type=float, default=3.0)
+    parser.add_argument("--silent-s", type=float, default=5.0)
     parser.add_argument("--deadline-s", type=float, default=30.0)
     args = parser.parse_args()
     deployment = Path(os.environ.get("TMPDIR", "/tmp")) / f"bench-recovery-{os.getpid()}.yaml"

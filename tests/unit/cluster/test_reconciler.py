@@ -27,7 +27,7 @@ class Scripted(Handle):
 
     def __init__(self, name: str) -> None:
         Scripted.lives += 1
-        self.name, self.life = name, Scripted.lives
+        self.name, self.life, self.pid = name, Scripted.lives, 7
         self.calls: list[tuple[str, tuple[object, ...], Future[Any]]] = []
         self.says: dict[str, Any] | None = {"state": "ready", "message": ""}  # None: it hangs
         self.gone = ""
@@ -152,6 +152,19 @@ def test_a_silent_worker_is_killed_before_another_takes_its_seat(scene: Scene) -
     assert [h.name for h in scene.spawned] == ["ffn_rank 0"]
     assert "has not answered for" in scene.state(FFN0)[1]
     assert "cluster.silent_s" in scene.state(FFN0)[1]
+
+
+def test_a_worker_that_ray_has_not_placed_yet_is_not_silent_but_late_in_the_end() -> None:
+    scene = Scene(cluster__start_s=100.0)
+    scene.handle(FFN1).gone = "its node went"
+    scene.turn(times=2)
+    (unplaced,) = scene.spawned
+    unplaced.pid, unplaced.says = 0, None
+    scene.turn(seconds=1.0, times=95)
+    assert not unplaced.killed
+    scene.turn(seconds=1.0, times=10)
+    assert unplaced.killed
+    assert "did not start within 100 s (cluster.start_s)" in scene.state(FFN1)[1]
 
 
 def test_the_reconcilers_own_absence_is_nobodys_silence(scene: Scene) -> None:

@@ -95,7 +95,7 @@ class ToyAttention(Toy):
         met = tuple(getattr(self, "met", {}).values())
         return super().status() | {"ffn_living": met, "lives": sorted(a.inproc.split()[-1] for a in met)}
 
-    def stop(self, drain_s: float) -> None:
+    def stop(self, drain_s: float = 0.0) -> None:
         if "stuck" in self.deeds:
             self.never.wait()
 
@@ -124,6 +124,9 @@ class Oddities:
     def wait(self) -> str:
         self.opened.wait()
         return "released"
+
+    def stop(self) -> None:
+        self.opened.set()
 
     def release(self) -> None:
         self.opened.set()
