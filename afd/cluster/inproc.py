@@ -14,7 +14,7 @@ from afd.errors import ClusterError
 
 
 class ThreadHandle(Handle):
-    """A role object in this process. It cannot be killed from outside: `kill` asks it to stop, and no longer listens."""
+    """A role object in this process. Nothing can kill it: `kill` asks it to stop, and listens no more."""
 
     def __init__(self, name: str, role: str, args: tuple[object, ...]) -> None:
         self.name = name
