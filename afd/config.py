@@ -83,6 +83,7 @@ class FfnSection(_Section):
     sharding: Sharding = "ep"
     tp: int | None = Field(None, ge=1)
     gather_window_us: int = Field(200, ge=0, le=1_000_000)
+    replicas: int = Field(1, ge=1, le=16)  # identical workers for each ffn_rank; one may be lost without a pause
     threads: Count | Literal["auto"] = "auto"
     resources: Resources = Resources()
 
@@ -130,6 +131,11 @@ class ClusterSection(_Section):
     backend: Literal["ray", "local"] = "ray"
     pin_cores: bool = False  # each worker computes on cores of its own, where all workers share one host
     start_s: float = Field(600.0, gt=0)  # longest wait for a worker to load its weights
+    silent_s: float = Field(5.0, gt=0)  # a worker that does not say how it is for this long hangs, and is killed
+    restarts: int = Field(10, ge=0)  # of one worker within restart_window_s; one more, and it is given up
+    restart_window_s: float = Field(600.0, gt=0)
+    recover_s: float = Field(60.0, ge=0)  # requests wait this long for a lost FFN rank to be served again; 0: not
+    standby_ffn: int = Field(0, ge=0, le=64)  # processes that wait to take a lost FFN worker's place
 
 
 class PricesSection(_Section):

@@ -151,7 +151,8 @@ class GenerateOutput:
 class FfnAddress:
     """Where an FFN worker can be reached; transports pick what they can use.
 
-    `host_key` is equal for two processes that can share memory (same boot, network namespace and user).
+    `host_key` is equal for two processes that can share memory (same boot, network namespace and user). `replica`
+    tells apart the workers that serve the same rank. No two lives of a worker have the same address.
     """
 
     ffn_rank: int
@@ -160,6 +161,11 @@ class FfnAddress:
     grpc: str = ""  # host:port
     inproc: str = ""  # name in this process's registry
     collective: str = ""  # host:port of a torch.distributed store
+    replica: int = 0
+
+    def same_place(self, other: FfnAddress) -> bool:
+        """Whether one of the two has come in the other's place."""
+        return (self.ffn_rank, self.replica) == (other.ffn_rank, other.replica)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +202,8 @@ class WorkerTotals:
     expert_tokens: int = 0
 
 
-WorkerState = Literal["starting", "ready", "draining", "lost"]
+# recovering: it waits for another worker to come back, and meanwhile takes requests; lost: for good.
+WorkerState = Literal["starting", "ready", "recovering", "draining", "lost"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,9 +217,15 @@ class WorkerView:
     address: str = ""
     pid: int = 0
     node: str = ""
-    message: str = ""  # one sentence when lost or draining
+    message: str = ""  # one sentence when lost, draining, recovering, or starting again
     counters: Mapping[str, int] = field(default_factory=dict)
     totals: WorkerTotals | None = None
+    replica: int = 0  # of its ffn_rank
+
+    @property
+    def label(self) -> str:
+        """Its rank, told apart from that of the rank's other replicas."""
+        return f"{self.rank}.{self.replica}" if self.replica else str(self.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,5 +240,6 @@ class ClusterView:
     @property
     def problem(self) -> str:
         """One sentence on why the cluster cannot serve, or "" when it can."""
-        lost = [w for w in self.workers if w.state == "lost" and w.role is Role.FFN]
-        return lost[0].message if lost else ""
+        ffn = [w for w in self.workers if w.role is Role.FFN]
+        kept = {w.rank for w in ffn if w.state != "lost"}  # ranks that some replica serves, or will again
+        return next((w.message for w in ffn if w.rank not in kept), "")

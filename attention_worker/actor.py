@@ -19,7 +19,7 @@ from afd.models.halves import AttentionHalf
 from afd.pipeline.timeline import Recording
 from afd.rpc import attention_pb2 as pb
 from afd.transport import registry as transports
-from afd.transport.ports import AttentionPort
+from afd.transport.attention_port import AttentionPort
 from afd.types import FfnAddress, Role
 from attention_worker.block_manager import BlockManager
 from attention_worker.engine import Engine
@@ -55,6 +55,8 @@ class AttentionWorker:
         self._kernels: CDLL | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
+        self._reconnecting = threading.Lock()
+        self._address = ""
         transport = deployment.transport
         self._service = Service(self.status_reply, transport.bind, credentials, transport.deadline_s)
 
@@ -67,17 +69,18 @@ class AttentionWorker:
         self._plan = plan = build.plan(self.deployment)
         self._kernels = build.attention_kernels(plan, self.deployment.attention.block_size)
         self._model = plan.family.attention(plan.spec, plan.weights(Role.ATTENTION), self._kernels)
-        return self._service.start()
+        self._address = self._service.start()
+        return self._address
 
-    def connect(self, ffn: Sequence[FfnAddress]) -> None:
-        """Shakes hands with every FFN worker, then starts the engine. Raises TransportError."""
+    def connect(self, ffn: Sequence[FfnAddress], within_s: float | None = None) -> None:
+        """Shakes hands with every FFN worker, then starts the engine. Raises TransportError. See afd.cluster.roles."""
         assert self._plan is not None, "connect before start"
         transport = self.deployment.transport
         port = transports.connect(
             transport.kind,
             ffn,
             self._plan.hello(self.epoch, self.attention_rank, 0),
-            connect_s=transport.connect_s,
+            connect_s=min(transport.connect_s, within_s or transport.connect_s),
             deadline_s=transport.deadline_s,
             spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
             device=self._plan.device,
@@ -92,10 +95,34 @@ class AttentionWorker:
         self._thread.start()
         self._service.serve_engine(self._engine)
 
+    def reconnect(self, ffn: Sequence[FfnAddress], within_s: float) -> None:
+        """Shakes hands with those of the FFN workers at `ffn` that it has no living link to, and hands the links to
+        the engine. Raises TransportError for the first that cannot be reached; those before it are taken."""
+        plan, engine, transport = self._plan, self._engine, self.deployment.transport
+        assert plan is not None, "reconnect before start"
+        assert engine is not None, "reconnect before connect"
+        with self._reconnecting:
+            for address in ffn:
+                if address not in engine.port.living:
+                    link = transports.dial(
+                        transport.kind,
+                        address,
+                        plan.hello(self.epoch, self.attention_rank, 0),
+                        connect_s=min(transport.connect_s, within_s),
+                        deadline_s=transport.deadline_s,
+                        device=plan.device,
+                        credentials=self.credentials,
+                    )
+                    engine.adopt(address, link)
+
     def status(self) -> dict[str, object]:
-        """State and totals, for the controller."""
+        """State and totals, for the controller. See afd.cluster.roles."""
         reply = self.status_reply()
+        port = self._engine.port if self._engine else None
         return {
+            "address": self._address or None,
+            "ffn_living": port.living if port else (),
+            "ffn_suspects": port.suspects if port else {},
             "state": reply.state,
             "message": reply.problem,
             "pid": os.getpid(),
@@ -122,7 +149,7 @@ class AttentionWorker:
         return pb.StatusReply(
             attention_rank=self.attention_rank,
             state=engine.state,
-            problem=requests.problem,
+            problem=engine.problem,
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
             blocks_total=scheduler.blocks.num_blocks,
@@ -190,6 +217,7 @@ class AttentionWorker:
             max_waiting=settings.max_waiting,
             tuner=tuner,
             attention_rank=self.attention_rank,
+            recover_s=self.deployment.cluster.recover_s,
             grammars=Grammars(plan.files.tokenizer_json, spec.vocab, spec.eos_token_ids),
         )
 

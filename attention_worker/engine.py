@@ -1,10 +1,12 @@
 """READ FIRST. The attention worker's loop: take the microbatch whose answer is here, resume it, send what it yields.
 
 One thread owns everything below (model, KV cache, scheduler, requests, port). Other threads only `submit`, `cancel`,
-`drop_owner`, `drain` and `stop`, which leave a note in the inbox and wake the loop.
+`drop_owner`, `adopt`, `drain` and `stop`, which leave a note in the inbox and wake the loop.
 
-A step that fails is told to its own requests, and the loop goes on. A lost FFN worker fails every request, since each
-layer needs every FFN rank; from then on new requests are refused with the same sentence.
+A step that fails is told to its own requests, and the loop goes on. When an FFN rank has no worker left, every layer
+waits for it: microbatches, requests and KV stay as they are, new requests are queued, and the port keeps what was not
+answered. `adopt` brings a replacement, which gets exactly that, so the tokens are those that would have come anyway.
+Without one for `recover_s` seconds the engine is lost: every request ends with the reason, and new ones are refused.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ import torch
 from afd.errors import TransportError
 from afd.models.halves import AttentionHalf
 from afd.pipeline.timeline import Activity, Timeline
+from afd.transport.attention_port import AttentionPort
+from afd.transport.base import Link
 from afd.transport.frame import Frame, FrameKind
-from afd.transport.ports import AttentionPort
-from afd.types import GenerateRequest, Role, SampledToken, WorkerState
+from afd.types import FfnAddress, GenerateRequest, Role, SampledToken, WorkerState
 from attention_worker.grammar import Grammars
 from attention_worker.kv_cache import KvCache
 from attention_worker.microbatch import Dispatch, Microbatch
@@ -38,12 +41,15 @@ log = logging.getLogger(__name__)
 # The loop looks up this often when nothing happens; answers, notes and lost peers wake it at once.
 IDLE_S = 1.0
 
+# Longest wait for a step of attention to end, after which a new link is taken.
+ADOPT_S = 5.0
+
 # Unanswered dispatches that keep the FFN side busy for a while: one is computed, one waits.
 ENOUGH = 2
 
 
 class Engine:
-    """`port` is connected to every FFN rank, and raises when one of them is lost or does not answer in time.
+    """`port` is connected to every FFN rank. `recover_s`: how long to wait for a rank's replacement; 0: not at all.
     `tuner`, if there is one, sets the scheduler's number of microbatches as it goes; without `grammars`, requests with
     a grammar are refused."""
 
@@ -58,6 +64,7 @@ class Engine:
         max_context: int,
         max_waiting: int,
         attention_rank: int = 0,
+        recover_s: float = 0.0,
         tuner: MicrobatchTuner | None = None,
         grammars: Grammars | None = None,
     ) -> None:
@@ -94,6 +101,9 @@ class Engine:
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         # The scheduler found nothing although it has work (no free blocks): ask again only when something changed.
         self._starved = False
+        self._recover_s = recover_s
+        self._missing_since: float | None = None  # since when an FFN rank has no worker, and
+        self._ailment = ""  # why, in a sentence
         self._lost = False
         self._stopping = False
 
@@ -104,7 +114,7 @@ class Engine:
                 try:
                     self._turn()
                 except TransportError as error:
-                    self._lose(str(error))
+                    self._miss(error)
                 except Exception as error:  # our own bug: say so to everybody rather than hang them
                     log.exception("the engine failed")
                     self._lose(f"the attention worker's engine failed: {error}")
@@ -115,13 +125,24 @@ class Engine:
 
     @property
     def state(self) -> WorkerState:
-        """ready, draining (new requests are refused) or lost (an FFN worker is gone); requests.problem says why."""
-        return "lost" if self._lost else "draining" if self.requests.problem else "ready"
+        """ready, recovering (waits for an FFN rank to come back), draining (new requests are refused) or lost (no FFN
+        worker came back); `problem` says why."""
+        if self._lost:
+            return "lost"
+        return "draining" if self.requests.problem else "recovering" if self._ailment else "ready"
+
+    @property
+    def problem(self) -> str:
+        """One sentence on what keeps it from being ready, or ""."""
+        return self.requests.problem or self._ailment
 
     def _turn(self) -> None:
         self._read_inbox()
         self.requests.flush()
         if self._lost or self._stopping:
+            return
+        if self._missing_since is not None and time.monotonic() >= self._missing_since + self._recover_s:
+            self._lose(f"{self._ailment}; nobody came in its place within {self._recover_s:g} s (cluster.recover_s)")
             return
         # The only wait: a note's wake-up that it takes is followed by a look into the inbox.
         self._collect(0.0 if self._choose() else IDLE_S)
@@ -216,8 +237,29 @@ class Engine:
             microbatch.reset()
         self.requests.fail_all(sentence)
 
+    def _miss(self, error: TransportError) -> None:
+        """An FFN worker is lost, or (without a peer) the port itself is of no more use."""
+        missing = self.port.missing
+        if not error.peer or (missing and not self._recover_s):
+            self._lose(str(error))
+        elif missing:
+            log.warning("%s; everything waits for one in its place, for at most %g s", error, self._recover_s)
+            if self._missing_since is None:
+                self._missing_since, self._ailment = time.monotonic(), str(error)
+        else:
+            log.warning("%s; another worker of its rank goes on with its work", error)
+
+    def _take_in(self, address: FfnAddress, link: Link) -> None:
+        if self._lost or self._stopping:
+            link.close()
+            return
+        self.port.adopt(address, link)
+        log.info("%s serves", link.peer)
+        if not self.port.missing:
+            self._missing_since, self._ailment = None, ""
+
     def _lose(self, sentence: str) -> None:
-        """An FFN worker is gone, and nothing can be computed without it. The port is not used again."""
+        """An FFN rank is gone, and nothing can be computed without it. The port is not used again."""
         log.error("%s", sentence)
         self._lost = True
         self.timeline.mark(Activity.IDLE)
@@ -238,6 +280,20 @@ class Engine:
     def drop_owner(self, owner: int) -> None:
         """Cancels every request of a router connection that ended."""
         self._note(lambda: self.requests.cancel_all_of(owner))
+
+    def adopt(self, address: FfnAddress, link: Link) -> None:
+        """Takes a new link to an FFN worker, dialled at `address`, in place of the one that its rank and replica had.
+        Called by the worker's `reconnect`; returns when it serves. The link is the engine's from now on, which closes
+        it in the end."""
+        taken = threading.Event()
+
+        def take() -> None:
+            self._take_in(address, link)
+            taken.set()
+
+        self._note(take)
+        if not taken.wait(ADOPT_S):
+            log.warning("the engine has not taken the link to %s within %g s; it will", link.peer, ADOPT_S)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for the others; whether all ended in time."""

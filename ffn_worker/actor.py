@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from ctypes import CDLL
 
 import torch
 
@@ -22,13 +23,13 @@ log = logging.getLogger(__name__)
 
 
 class FfnWorker:
-    """One ffn_rank. `epoch` names the run; `workers_on_host` share this host's cores; `credentials` are asked of
-    attention workers on gRPC."""
+    """One ffn_rank, or None: a standby, which `start` tells one. `epoch` names the run; `workers_on_host` share this
+    host's cores; `credentials` are asked of attention workers on gRPC."""
 
     def __init__(
         self,
         deployment: Deployment,
-        ffn_rank: int,
+        ffn_rank: int | None,
         epoch: int,
         workers_on_host: int = 1,
         credentials: Credentials = OPEN,
@@ -42,13 +43,25 @@ class FfnWorker:
         self._loop: FfnLoop | None = None
         self._thread: threading.Thread | None = None
         self._problem = ""
+        self._plan: build.Plan | None = None
+        self._kernels: CDLL | None = None
 
-    def start(self) -> FfnAddress:
-        """Loads this rank's weights, listens, and starts the loop. Raises ModelError, ConfigError, TransportError."""
+    def prepare(self) -> None:
+        """Plans, and loads the compiled kernels. Raises ModelError, ConfigError."""
         torch.set_num_threads(self.threads)
-        plan = build.plan(self.deployment)
+        self._plan = plan = build.plan(self.deployment)
+        self._kernels = kernels_for(plan.device, plan.torch_dtype, plan.spec.hidden)
+
+    def start(self, ffn_rank: int | None = None) -> FfnAddress:
+        """Loads this rank's weights, listens, and starts the loop. Raises ModelError, ConfigError, TransportError."""
+        self.ffn_rank = ffn_rank if ffn_rank is not None else self.ffn_rank
+        if self.ffn_rank is None:
+            raise ClusterError("a standby was started without a rank")
+        if self._plan is None:
+            self.prepare()
+        plan, kernels = self._plan, self._kernels
+        assert plan is not None, "prepared without a plan"
         shard = plan.shards[self.ffn_rank]
-        kernels = kernels_for(plan.device, plan.torch_dtype, plan.spec.hidden)
         ffn = plan.family.ffn(plan.spec, plan.weights(Role.FFN, shard), shard, kernels)
         transport = self.deployment.transport
         port = transports.listen(
@@ -61,7 +74,9 @@ class FfnWorker:
             credentials=self.credentials,
         )
         self._loop = FfnLoop(ffn, port, device=plan.device, gather_window_s=self.deployment.ffn.gather_window_us / 1e6)
-        self._thread = threading.Thread(target=self._run, args=(self._loop,), name=f"ffn {self.ffn_rank}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(self._loop, self.ffn_rank), name=f"ffn {self.ffn_rank}", daemon=True
+        )
         self._thread.start()
         return port.address
 
@@ -71,6 +86,7 @@ class FfnWorker:
         return {
             "state": "lost" if self._problem else "ready" if self._loop else "starting",
             "message": self._problem,
+            "address": self._loop.port.address if self._loop else None,
             "pid": os.getpid(),
             "calls": counters.calls if counters else 0,
             "dispatches": counters.dispatches if counters else 0,
@@ -94,12 +110,12 @@ class FfnWorker:
                 raise ClusterError(f"the loop of ffn_rank {self.ffn_rank} did not end within 5 s")
             self._loop.port.close()
 
-    def _run(self, loop: FfnLoop) -> None:
+    def _run(self, loop: FfnLoop, ffn_rank: int) -> None:
         torch.set_num_threads(self.threads)  # a setting of each thread
-        build.pin(self.deployment, Role.FFN, self.ffn_rank, self.workers_on_host)
+        build.pin(self.deployment, Role.FFN, ffn_rank, self.workers_on_host)
         try:
             loop.run()
         except Exception as error:
-            log.exception("the loop of ffn_rank %d ended", self.ffn_rank)
-            self._problem = f"the loop of ffn_rank {self.ffn_rank} ended: {error}"
+            log.exception("the loop of ffn_rank %d ended", ffn_rank)
+            self._problem = f"the loop of ffn_rank {ffn_rank} ended: {error}"
             loop.port.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from afd.spec import ModelSpec
 from afd.topology import FfnShard, Topology, ffn_shards
 from afd.torch_dtypes import TORCH_DTYPES
 from afd.transport import registry as transports
-from afd.transport.base import Hello
+from afd.transport.base import Hello, Link
 from afd.transport.local import Faults
 from afd.types import DType, GenerateOutput, GenerateRequest, Role, SampledToken, SamplingParams
 from afd.weights import dummy, ownership
@@ -64,9 +64,17 @@ class Rig:
     loops: list[FfnLoop]
     results: dict[str, Result]
     stops: list[ExitStack]  # by ffn_rank: ends that worker as if its process had gone
+    start_ffn: Callable[[int], FfnLoop]  # in the place of one that was killed
+    dial: Callable[[int, FfnLoop], Link]  # from an attention_rank
 
     def kill_ffn(self, ffn_rank: int) -> None:
         self.stops[ffn_rank].close()
+
+    def restart_ffn(self, ffn_rank: int) -> None:
+        """A new worker in the place of a killed one, and every engine told."""
+        loop = self.loops[ffn_rank] = self.start_ffn(ffn_rank)
+        for attention_rank, engine in enumerate(self.engines):
+            engine.adopt(loop.port.address, self.dial(attention_rank, loop))
 
     def submit(
         self,
@@ -153,6 +161,7 @@ def split(
     dispatch_dtype: DType | None = None,
     prefix_cache: bool = True,
     tokenizer_json: Path | None = None,
+    recover_s: float = 0.0,
 ) -> Iterator[Rig]:
     """The running system; ends with every thread joined. `compiled`: with the compiled kernels. `dispatch_dtype`:
     None is the model's. `tokenizer_json`: for requests with a grammar."""
@@ -196,16 +205,22 @@ def split(
 
     options = {"spin_us": 20, "deadline_s": deadline_s, **({"faults": faults} if faults else {})}
     with ExitStack() as stack:
-        loops, stops = [], []
-        for shard in shards:
-            stop = stack.enter_context(ExitStack())
+        stops = [stack.enter_context(ExitStack()) for _ in shards]
+
+        def start_ffn(ffn_rank: int) -> FfnLoop:
+            shard = shards[ffn_rank]
             ffn = family.ffn(spec, cut(spec, weights, Role.FFN, shard), shard, kernels)
-            port = transports.listen(transport, hello(0, shard.ffn_rank), bind="127.0.0.1", **options)
+            port = transports.listen(transport, hello(0, ffn_rank), bind="127.0.0.1", **options)
             loop = FfnLoop(ffn, port, device=device, gather_window_s=gather_window_s)
-            stop.callback(port.close)
-            stop.enter_context(running(loop))
-            loops.append(loop)
-            stops.append(stop)
+            stops[ffn_rank].callback(port.close)
+            stops[ffn_rank].enter_context(running(loop))
+            return loop
+
+        def dial(attention_rank: int, loop: FfnLoop) -> Link:
+            dialling = {name: value for name, value in options.items() if name != "spin_us"}
+            return transports.dial(transport, loop.port.address, hello(attention_rank, 0), connect_s=20.0, **dialling)
+
+        loops = [start_ffn(shard.ffn_rank) for shard in shards]
         engines = []
         for attention_rank in range(counts.attention):
             addresses = [loop.port.address for loop in loops]
@@ -229,12 +244,13 @@ def split(
                 max_context=min(spec.max_context, num_blocks * block_size),
                 max_waiting=10_000,
                 attention_rank=attention_rank,
+                recover_s=recover_s,
                 grammars=Grammars(tokenizer_json, spec.vocab, spec.eos_token_ids) if tokenizer_json else None,
             )
             stack.callback(port_a.close)
             stack.enter_context(running(engine))
             engines.append(engine)
-        yield Rig(spec, engines, loops, results, stops)
+        yield Rig(spec, engines, loops, results, stops, start_ffn, dial)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Starts the workers a deployment wants, connects them, and keeps watch: one class for every kind of host.
+"""Starts the workers a deployment wants, connects them, and keeps them serving: one class for every kind of host.
 
-One thread does it all, in the order of `_run`: start what is wanted and not living, connect, then ask every worker
-for its status a few times a second. A worker that is gone, silent or says so itself is marked lost, with one sentence.
+One thread does it all, in the order of `_run`: start all that is wanted, connect, and then reconcile
+(afd.cluster.reconciler) until the end. Until every worker has served once, a failure ends the whole cluster with one
+sentence; from then on whoever is lost is started again.
 """
 
 from __future__ import annotations
@@ -13,27 +14,30 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from afd.cluster.host import Handle, Host
-from afd.cluster.placement import resources_of, wanted
+from afd.cluster.placement import Seat, resources_of, wanted
+from afd.cluster.reconciler import Reconciler
+from afd.cluster.restarts import Restarts
+from afd.cluster.resume import resume
 from afd.cluster.roles import Roles
+from afd.cluster.standby import Standbys
 from afd.cluster.timelines import collect
+from afd.cluster.worker import Phase, Worker
 from afd.config import Deployment
 from afd.credentials import OPEN, Credentials
 from afd.errors import AfdError, ClusterError
 from afd.pipeline.timeline import Timelines
-from afd.types import ClusterView, FfnAddress, Role, WorkerView
+from afd.types import ClusterView, Role
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.25  # how often each worker is asked; a death is known after at most two
+POLL_S = 0.25  # how often each worker is asked; a death is known after at most one
 CONNECT_MARGIN_S = 10.0  # a worker's own transport.connect_s runs out first and has the better sentence
 STOP_MARGIN_S = 1.5  # for a worker to end after draining, before it is killed
 END_S = 5.0  # for the controller's own thread to end once no worker lives
-
-NOT_COUNTERS = frozenset({"state", "message", "pid", "totals"})  # of a role's status
+STARTED = (Phase.LOADED, Phase.CONNECTING, Phase.SERVING)
 
 
 class Cluster(Protocol):
@@ -54,18 +58,6 @@ class Cluster(Protocol):
         """Stops all workers: requests get `drain_s` seconds to finish, then what still runs is killed. Idempotent."""
 
 
-@dataclass
-class _Worker:
-    """A living worker. The view is replaced, never changed, so that other threads may read it."""
-
-    handle: Handle
-    view: WorkerView
-    started: bool = False
-    ffn_address: FfnAddress | None = None
-    asked: Future[Any] | None = None  # the status call that is open
-    asked_at: float = 0.0
-
-
 class Controller:
     """Reconciles the workers that the deployment wants with those that live.
 
@@ -81,9 +73,12 @@ class Controller:
         self._roles = roles
         self._epoch = epoch
         self._credentials = credentials
-        self._workers: dict[tuple[Role, int], _Worker] = {}
+        settings = deployment.cluster
+        self._workers = {seat: Worker.at(seat, self._restarts()) for seat in wanted(deployment)}
+        self._standbys = Standbys(settings.standby_ffn, self._spawn_standby, self._restarts(), settings.silent_s)
         self._ready: Future[None] = Future()
         self._stopping = threading.Event()
+        self._changed = threading.Event()  # look at the workers now
         self._membership = threading.Lock()
         self._noting = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
@@ -102,8 +97,7 @@ class Controller:
 
     def view(self) -> ClusterView:
         """See Cluster."""
-        workers = tuple(self._workers.values())
-        views = tuple(replace(w.view, pid=w.handle.pid, node=w.handle.node) for w in workers)
+        views = tuple(worker.shown() for worker in self._workers.values() if worker.handle is not None)
         return ClusterView(self._epoch, self._deployment.model, self._deployment.topology, views)
 
     def deployment(self) -> Deployment:
@@ -116,21 +110,25 @@ class Controller:
 
     def timelines(self, seconds: float, max_events: int) -> Timelines:
         """See Cluster."""
-        return collect([w.handle for w in tuple(self._workers.values()) if w.started], seconds, max_events)
+        serving = [w.handle for w in self._workers.values() if w.phase is Phase.SERVING and w.handle is not None]
+        return collect(serving, seconds, max_events)
 
     def stop(self, drain_s: float) -> None:
         """See Cluster."""
         self._stopping.set()
+        self._changed.set()
         self._end_workers(drain_s)
         if self._thread.is_alive():
             self._thread.join(END_S)
             if self._thread.is_alive():
                 log.warning("the controller's thread did not end within %g s of its workers; it is left behind", END_S)
+        self._kill_all()  # and whom it was just about to seat
 
     def _run(self) -> None:
         try:
-            self._start_missing()
-            self._connect()
+            if not resume(self._workers, self._host.survivors(), self._deployment.cluster.silent_s):
+                self._start_all()
+                self._connect()
         except AfdError as error:
             self._give_up(error)
             return
@@ -139,64 +137,80 @@ class Controller:
             self._give_up(ClusterError(f"the controller failed: {type(error).__name__}: {error}"))
             return
         self._ready.set_result(None)
-        while not self._stopping.wait(POLL_S):
-            for worker in tuple(self._workers.values()):
-                self._check(worker)
+        self._reconcile()
 
-    def _start_missing(self) -> None:
-        """Starts every wanted worker that does not live, all at once."""
-        missing = [key for key in wanted(self._deployment) if key not in self._workers]
-        starts = {key: self._spawn(*key).handle.submit("start") for key in missing}
-        for (role, rank), future in starts.items():
-            future.add_done_callback(lambda f, key=(role, rank): self._started(key, f))  # type: ignore[misc]
+    def _reconcile(self) -> None:
+        """Until the end. A turn that fails by a bug is told, and followed by the next."""
+        reconciler = Reconciler(self._deployment, self._workers, self._spawn, self._standbys, self._changed.set)
+        while not self._stopping.is_set():
+            self._changed.wait(POLL_S)
+            self._changed.clear()
+            try:
+                reconciler.turn(time.monotonic())
+            except AfdError as error:
+                if not self._stopping.is_set():
+                    log.error("%s", error)
+            except Exception:
+                log.exception("the controller failed in a turn")
+
+    def _start_all(self) -> None:
+        """Starts every worker at once."""
+        starts: dict[Seat, Future[Any]] = {}
+        for seat, worker in self._workers.items():
+            handle = self._spawn(seat)
+            starts[seat] = handle.submit("start")
+            worker.begins(handle, starts[seat], time.monotonic(), self._changed.set)
+        for seat, future in starts.items():
+            future.add_done_callback(lambda f, w=self._workers[seat]: self._started(w, f))  # type: ignore[misc]
         self._gather(starts, self._deployment.cluster.start_s, "start", "cluster.start_s")
-        for key, future in starts.items():  # a future wakes who waits for it before it runs its callbacks
-            self._started(key, future)
+        for seat, future in starts.items():  # a future wakes who waits for it before it runs its callbacks
+            self._started(self._workers[seat], future)
 
-    def _spawn(self, role: Role, rank: int) -> _Worker:
-        path = self._roles.ffn if role is Role.FFN else self._roles.attention
+    def _restarts(self) -> Restarts:
+        return Restarts(self._deployment.cluster.restarts, self._deployment.cluster.restart_window_s)
+
+    def _spawn(self, seat: Seat) -> Handle:
+        path = self._roles.ffn if seat.role is Role.FFN else self._roles.attention
+        with self._membership:  # whoever stops the cluster finds this worker in its seat, or it is not started
+            handle = self._spawn_worker(seat.name, path, seat.role, seat.rank)
+            self._workers[seat].handle = handle
+            return handle
+
+    def _spawn_standby(self, name: str) -> Handle:
+        with self._membership:
+            return self._spawn_worker(name, self._roles.ffn, Role.FFN, None)
+
+    def _spawn_worker(self, name: str, path: str, role: Role, rank: int | None) -> Handle:
+        if self._stopping.is_set():
+            raise ClusterError("the cluster is being stopped")
         neighbours = self._host.workers_on_host(len(wanted(self._deployment)))
         args = (self._deployment, rank, self._epoch, neighbours, self._credentials)
-        with self._membership:  # whoever stops the cluster finds this worker in the list, or it is not started
-            if self._stopping.is_set():
-                raise ClusterError("the cluster is being stopped")
-            handle = self._host.spawn(f"{role.value}_rank {rank}", path, args, resources_of(self._deployment, role))
-            worker = _Worker(handle, WorkerView(role, rank, "starting"))
-            self._workers[role, rank] = worker
-        return worker
+        return self._host.spawn(name, path, args, resources_of(self._deployment, role))
 
-    def _started(self, key: tuple[Role, int], future: Future[Any]) -> None:
-        """Notes the address a worker's start gave, once; runs in whichever thread ended the call."""
-        if future.exception() is not None:
-            return
-        worker, address = self._workers[key], future.result()
-        with self._noting:
-            if worker.started:
-                return
-            if isinstance(address, FfnAddress):
-                worker.ffn_address = address
-                worker.view = replace(worker.view, state="ready")
-            else:  # an attention worker can serve only once it is connected
-                worker.view = replace(worker.view, address=address)
-            worker.started = True
+    def _started(self, worker: Worker, future: Future[Any]) -> None:
+        """Notes the address a worker's first start gave, once; runs in whichever thread ended the call."""
+        if future.exception() is None:
+            with self._noting:
+                if worker.phase is Phase.STARTING:
+                    worker.started(future.result())
 
     def _connect(self) -> None:
         """Lets every attention worker shake hands with every FFN worker."""
-        addresses = [w.ffn_address for w in self._of(Role.FFN) if w.ffn_address is not None]
-        attention = self._of(Role.ATTENTION)
-        calls = {(Role.ATTENTION, w.view.rank): w.handle.submit("connect", addresses) for w in attention}
+        ffn, attention = self._of(Role.FFN), self._of(Role.ATTENTION)
+        addresses = [w.ffn_address for w in ffn if w.ffn_address is not None]
+        calls = {w.seat: w.handle.submit("connect", addresses) for w in attention if w.handle is not None}
         timeout_s = self._deployment.transport.connect_s + CONNECT_MARGIN_S
-        self._gather(calls, timeout_s, "connect to the FFN workers", "transport.connect_s", self._of(Role.FFN))
+        self._gather(calls, timeout_s, "connect to the FFN workers", "transport.connect_s", ffn)
         for worker in attention:
-            worker.view = replace(worker.view, state="ready")
+            worker.serves()
 
     def _gather(
         self,
-        calls: dict[tuple[Role, int], Future[Any]],
+        calls: dict[Seat, Future[Any]],
         timeout_s: float,
         what: str,
         knob: str,
-        watched: Sequence[_Worker] = (),
+        watched: Sequence[Worker] = (),
     ) -> None:
         """Waits for all calls; raises the first failure, or ClusterError when the time is over or a `watched` worker,
         which no call asks, is lost."""
@@ -205,40 +219,15 @@ class Controller:
             left_s = deadline - time.monotonic()
             done, late = wait(calls.values(), max(0.0, min(POLL_S, left_s)), FIRST_EXCEPTION)
             for worker in watched:
-                self._check(worker)
-                if worker.view.state == "lost":  # before the calls' own failures, which only follow from it
-                    raise ClusterError(worker.view.message)
+                assert worker.probe is not None, f"{worker.name} was never started"
+                worker.probe.look(time.monotonic())  # before the calls' own failures, which only follow from it
             for future in done:
                 future.result()
             if not late:
                 return
             if left_s <= 0:
-                names = ", ".join(self._workers[key].handle.name for key, future in calls.items() if future in late)
+                names = ", ".join(seat.name for seat, future in calls.items() if future in late)
                 raise ClusterError(f"{names} did not {what} within {timeout_s:g} s ({knob})")
-
-    def _check(self, worker: _Worker) -> None:
-        """Asks for a worker's status, or reads the answer to the last question."""
-        if worker.asked is None:
-            worker.asked, worker.asked_at = worker.handle.submit("status"), time.monotonic()
-        silent_s = time.monotonic() - worker.asked_at
-        if not worker.asked.done():
-            if silent_s > self._deployment.transport.deadline_s:
-                self._mark(worker, "lost", f"{worker.handle.name} has not answered for {silent_s:.0f} s")
-            return
-        answer, worker.asked = worker.asked, None
-        error = answer.exception()
-        if error is not None:
-            self._mark(worker, "lost", str(error))
-        else:
-            status = answer.result()
-            self._mark(worker, status["state"], status["message"])
-            counters = {name: count for name, count in status.items() if name not in NOT_COUNTERS}
-            worker.view = replace(worker.view, counters=counters, totals=status.get("totals"))
-
-    def _mark(self, worker: _Worker, state: Any, message: str) -> None:
-        if state == "lost" and worker.view.state != "lost" and not self._stopping.is_set():
-            log.error("%s", message)
-        worker.view = replace(worker.view, state=state, message=message)
 
     def _give_up(self, error: AfdError) -> None:
         stopped = self._stopping.is_set()
@@ -250,13 +239,20 @@ class Controller:
         """Asks what serves to stop, attention workers first, since draining them takes the FFN side; then kills."""
         with self._membership:
             for role, args in ((Role.ATTENTION, (drain_s,)), (Role.FFN, ())):
-                calls = [w.handle.submit("stop", *args) for w in self._of(role) if w.started]
-                wait(calls, STOP_MARGIN_S + (drain_s if role is Role.ATTENTION else 0.0))
-            for worker in tuple(self._workers.values()):
-                worker.handle.kill()
+                known = [w.handle for w in self._of(role) if w.handle is not None and w.phase in STARTED]
+                wait(
+                    [handle.submit("stop", *args) for handle in known],
+                    STOP_MARGIN_S + (drain_s if role is Role.ATTENTION else 0.0),
+                )
+            self._kill_all()
 
-    def _of(self, role: Role) -> list[_Worker]:
-        return [w for (r, _), w in sorted(self._workers.items()) if r is role]
+    def _kill_all(self) -> None:
+        for handle in [*(w.handle for w in self._workers.values()), *self._standbys.handles]:
+            if handle is not None:
+                handle.kill()
+
+    def _of(self, role: Role) -> list[Worker]:
+        return [worker for worker in self._workers.values() if worker.seat.role is role]
 
 
 def new_epoch() -> int:

@@ -57,6 +57,10 @@ class Host(ABC):
         """How many of `workers` share one machine's cores: a guess, and right where there is one machine."""
         return workers
 
+    def survivors(self) -> list[tuple[str, Handle]]:
+        """Workers of this run that an earlier controller has left, with the names they were spawned by."""
+        return []
+
     @abstractmethod
     def close(self) -> None:
         """Gives up what the host itself holds; its workers are gone by then. Idempotent."""

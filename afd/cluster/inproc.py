@@ -14,7 +14,7 @@ from afd.errors import ClusterError
 
 
 class ThreadHandle(Handle):
-    """A role object in this process. It cannot be killed from outside: `kill` only stops listening to it."""
+    """A role object in this process. Nothing can kill it: `kill` asks it to stop, and listens no more."""
 
     def __init__(self, name: str, role: str, args: tuple[object, ...]) -> None:
         self.name = name
@@ -23,6 +23,7 @@ class ThreadHandle(Handle):
         self._servant = Servant(name, role, args)
         self._open: set[Future[Any]] = set()
         self._gone = False
+        self._stopping = False
         self._lock = threading.Lock()
 
     def submit(self, method: str, *args: object) -> Future[Any]:
@@ -31,6 +32,7 @@ class ThreadHandle(Handle):
             if self._gone:
                 return failed(ClusterError(f"{self.name} was stopped"))
             self._open.add(future)
+            self._stopping = self._stopping or method == "stop"
         # A daemon thread per call: one that hangs must not keep the process from ending.
         threading.Thread(
             target=self._run, args=(future, method, args), name=f"{self.name} {method}", daemon=True
@@ -41,6 +43,12 @@ class ThreadHandle(Handle):
         with self._lock:
             self._gone = True
             calls, self._open = self._open, set()
+            lives = self._servant.built and not self._stopping
+            self._stopping = True
+        if lives:
+            threading.Thread(
+                target=self._servant.call, args=("stop", ()), name=f"{self.name} stop", daemon=True
+            ).start()
         for future in calls:
             settle(future, (None, ClusterError(f"{self.name} was stopped")))
 

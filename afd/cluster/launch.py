@@ -244,7 +244,8 @@ def router_settings(
         tool_parser=deployment.router.tool_parser,
         reasoning_parser=deployment.router.reasoning_parser,
         credentials=credentials,
-        deadline_s=deployment.transport.deadline_s + 30.0,  # the workers' own deadline runs out first and says more
+        # The workers' own deadlines run out first and say more.
+        deadline_s=deployment.transport.deadline_s + deployment.cluster.recover_s + 30.0,
     )
 
 

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from afd.config import Deployment, Resources
 from afd.types import Role
 
 
-def wanted(deployment: Deployment) -> list[tuple[Role, int]]:
-    """Every worker the deployment asks for, as (role, attention_rank or ffn_rank); FFN workers first."""
+class Seat(NamedTuple):
+    """One worker that should be there: its attention_rank or ffn_rank, and which of that rank's replicas it is."""
+
+    role: Role
+    rank: int
+    replica: int = 0
+
+    @property
+    def name(self) -> str:
+        """For messages and logs."""
+        return f"{self.role.value}_rank {self.rank}" + (f" replica {self.replica}" if self.replica else "")
+
+
+def wanted(deployment: Deployment) -> list[Seat]:
+    """Every worker that the deployment asks for, standbys aside; FFN workers first."""
     counts = deployment.counts
-    ffn = [(Role.FFN, rank) for rank in range(counts.ffn)]
-    return ffn + [(Role.ATTENTION, rank) for rank in range(counts.attention)]
+    ffn = [Seat(Role.FFN, rank, replica) for rank in range(counts.ffn) for replica in range(deployment.ffn.replicas)]
+    return ffn + [Seat(Role.ATTENTION, rank) for rank in range(counts.attention)]
 
 
 def resources_of(deployment: Deployment, role: Role) -> Resources:
@@ -21,9 +35,9 @@ def resources_of(deployment: Deployment, role: Role) -> Resources:
 
 
 def demand(deployment: Deployment) -> dict[str, float]:
-    """What all workers together reserve, by Ray's resource names ("CPU", "GPU", custom ones)."""
+    """What all workers and standbys together reserve, by Ray's resource names ("CPU", "GPU", custom ones)."""
     total: dict[str, float] = {}
-    for role, _ in wanted(deployment):
+    for role in [seat.role for seat in wanted(deployment)] + [Role.FFN] * deployment.cluster.standby_ffn:
         resources = resources_of(deployment, role)
         for name, amount in {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}.items():
             total[name] = total.get(name, 0.0) + amount

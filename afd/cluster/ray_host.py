@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +46,13 @@ import ray
 from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
 
 from afd import env
-from afd import log as logs
 from afd.cluster.controller import Controller, new_epoch
-from afd.cluster.host import Handle, Host, settle, this_node
+from afd.cluster.host import Handle, Host, settle
 from afd.cluster.placement import demand, shortage
+from afd.cluster.ray_process import end_process
+from afd.cluster.ray_servant import RayServant, RayWorker
 from afd.cluster.roles import Roles
-from afd.cluster.servant import Outcome, Servant
+from afd.cluster.servant import Outcome
 from afd.config import Deployment, Resources
 from afd.credentials import Credentials, for_run
 from afd.errors import ClusterError
@@ -64,27 +64,13 @@ log = logging.getLogger(__name__)
 _RAY_ERRORS = (RayError, ConnectionError, RuntimeError, OSError, ValueError)  # of ray.init
 
 CONTROLLER = "afd-controller-"  # and the epoch: what a run's controller is called in Ray
+LIFE = " life "  # between a worker's name and what tells its lives apart, in the name of its actor
 CALLS_AT_ONCE = 8  # start or stop may take long; status must get through meanwhile
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; calls here are a few hundred bytes
 END_S = 3.0  # for a killed actor to be gone
 STARTS = 2  # of a Ray of our own: now and then one of its processes hangs while it starts
 ASK_S = 10.0  # longest wait for the controller's answer
 WATCH_S = 0.2  # how often the controller is asked for the view
-
-
-class RayServant(Servant):
-    """A Servant that is a whole Ray actor: with its own log, and its name in front of what Ray prints of it."""
-
-    def __init__(self, name: str, role: str, args: tuple[object, ...]) -> None:
-        logs.setup(name)
-        super().__init__(name, role, args)
-
-    def __repr__(self) -> str:
-        return self.name
-
-    def identity(self) -> tuple[int, str]:
-        """The process id and the machine's name."""
-        return os.getpid(), this_node()
 
 
 class RayHandle(Handle):
@@ -94,22 +80,33 @@ class RayHandle(Handle):
         self.name = name
         self.died = False
         self._actor = actor
-        actor.identity.remote().future().add_done_callback(self._placed)
+        self._node_id = ""
+        self._open: set[Future[Any]] = set()
+        self.locate()
+
+    def locate(self) -> None:
+        """Asks the actor where it runs, which changes when Ray starts it again."""
+        self._actor.identity.remote().future().add_done_callback(self._placed)
 
     def submit(self, method: str, *args: object) -> Future[Any]:
         future: Future[Any] = Future()
+        self._open.add(future)
+        future.add_done_callback(self._open.discard)
         answer = self._actor.call.remote(method, args).future()
         answer.add_done_callback(lambda done: settle(future, self._outcome(done)))
         return future
 
     def kill(self) -> None:
+        unheard = bool(self._open) and not self.died
         ray.kill(self._actor)
+        if unheard:
+            end_process(self.pid, self._node_id)
         with suppress(FutureTimeout):  # it fails as soon as Ray knows that the actor is gone
             self._actor.identity.remote().future().exception(END_S)
 
     def _placed(self, done: Future[Any]) -> None:
         if done.exception() is None:
-            self.pid, self.node = done.result()
+            self.pid, self.node, self._node_id = done.result()
 
     def _outcome(self, done: Future[Any]) -> Outcome:
         error = done.exception()
@@ -128,20 +125,21 @@ class RayHandle(Handle):
 class RayHost(Host):
     """Starts workers as actors. Holds nothing, so that it can be sent to the controller's own actor."""
 
-    def spawn(
-        self, name: str, role: str, args: tuple[object, ...], resources: Resources, known_as: str | None = None
-    ) -> RayHandle:
-        """`known_as` is a name in Ray, by which other processes find the actor."""
-        actor = ray.remote(RayServant).options(
+    def spawn(self, name: str, role: str, args: tuple[object, ...], resources: Resources) -> RayHandle:
+        actor = ray.remote(RayWorker).options(
+            name=f"{name}{LIFE}{secrets.token_hex(4)}",
+            lifetime="detached",  # from the controller, not from the run: RayCluster and RayWorker see to that
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
             accelerator_type=resources.accelerator_type,
             resources=resources.custom,
             max_concurrency=CALLS_AT_ONCE,
             max_restarts=0,
-            name=known_as,
         )
         return RayHandle(name, actor.remote(name, role, args))
+
+    def survivors(self) -> list[tuple[str, Handle]]:
+        return [(name.split(LIFE)[0], RayHandle(name.split(LIFE)[0], actor)) for name, actor in _workers()]
 
     def workers_on_host(self, workers: int) -> int:
         return math.ceil(workers / sum(1 for node in ray.nodes() if node["Alive"]))
@@ -150,8 +148,18 @@ class RayHost(Host):
         pass
 
 
+def _workers() -> list[tuple[str, Any]]:
+    """Every worker of this run that lives, by the name of its actor."""
+    found = []
+    for name in ray.util.list_named_actors():
+        with suppress(ValueError):  # it went meanwhile
+            found.append((name, ray.get_actor(name)))
+    return [(name, actor) for name, actor in found if LIFE in name]
+
+
 class RayController(Controller):
-    """The controller as an actor builds it: running from the first call."""
+    """The controller as an actor builds it: running from the first call. One that Ray started again finds the workers
+    that the one before has left."""
 
     def __init__(self, deployment: Deployment, roles: Roles, epoch: int, credentials: Credentials) -> None:
         super().__init__(deployment, RayHost(), roles, epoch, credentials)
@@ -172,7 +180,7 @@ class RayRun:
         self._watcher.start()
 
     def view(self) -> ClusterView:
-        """See Cluster: what the controller said last, at once. When it is gone, so are its actors: all are lost."""
+        """See Cluster: what the controller said last, at once. When it is away, the workers serve on without it."""
         return self._view
 
     def timelines(self, seconds: float, max_events: int) -> Timelines:
@@ -190,15 +198,18 @@ class RayRun:
             self._view = self._controller.call("view", timeout_s=ASK_S)
 
     def _watch(self) -> None:
+        away = False
         while not self._ended.wait(WATCH_S):
             try:
                 self._refresh()
             except ClusterError as error:
-                if self._ended.is_set() or not self._controller.died:
-                    continue  # late is not dead: what was seen last stands
-                lost = tuple(replace(w, state="lost", message=str(error)) for w in self._view.workers)
-                self._view = replace(self._view, workers=lost)
-                return
+                if not self._ended.is_set() and not away:
+                    log.warning("the controller is away (%s); the workers serve on, as they were seen last", error)
+                away = True
+            else:
+                if away:
+                    self._controller.locate()
+                away = False
 
 
 class RayCluster(RayRun):
@@ -208,10 +219,12 @@ class RayCluster(RayRun):
     def __init__(self, deployment: Deployment, roles: Roles, credentials: Credentials | None = None) -> None:
         epoch = new_epoch()
         path = f"{RayController.__module__}:{RayController.__name__}"
-        nothing = Resources(num_cpus=0)
+        controller = ray.remote(RayServant).options(
+            num_cpus=0, max_concurrency=CALLS_AT_ONCE, max_restarts=-1, name=f"{CONTROLLER}{epoch}"
+        )
         args = (deployment, roles, epoch, credentials or for_run(deployment))
-        controller = RayHost().spawn("controller", path, args, nothing, known_as=f"{CONTROLLER}{epoch}")
-        super().__init__(controller, ClusterView(epoch, deployment.model, deployment.topology))
+        handle = RayHandle("controller", controller.remote("controller", path, args))
+        super().__init__(handle, ClusterView(epoch, deployment.model, deployment.topology))
 
     def wait_ready(self, timeout_s: float) -> bool:
         """See Cluster."""
@@ -230,6 +243,8 @@ class RayCluster(RayRun):
             log.warning("the controller did not stop the workers (%s); Ray ends them", error)
         self._ended.set()
         self._controller.kill()
+        for _, actor in _workers():  # whom no controller has ended
+            ray.kill(actor)
         self._watcher.join(ASK_S)
 
 

@@ -38,6 +38,11 @@ class Servant:
             log.exception("%s failed in %s", self.name, method)
             return None, ClusterError(f"{self.name} failed in {method}: {type(error).__name__}: {error}")
 
+    @property
+    def built(self) -> bool:
+        """Whether there is a role yet."""
+        return self._role is not None
+
     def _built(self) -> object:
         with self._building:
             if self._role is None:

@@ -43,7 +43,8 @@ def _table(workers: list[dict[str, Any]]) -> Table:
         status = worker.get("status") or {}
         counters = ", ".join(f"{k} {v}" for k, v in status.items() if k in COUNTERS)
         table.add_row(
-            f"{worker['role']}_rank {worker['rank']}",
+            f"{worker['role']}_rank {worker['rank']}"
+            + (f" replica {replica}" if (replica := worker.get("replica")) else ""),
             Text(str(worker["state"]), COLOURS.get(worker["state"], "yellow")),
             str(worker["pid"] or ""),
             Text(str(worker["node"])),

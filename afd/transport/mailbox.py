@@ -139,3 +139,9 @@ class Mailbox(Generic[T]):
 def again(error: TransportError) -> TransportError:
     """The same error to raise once more (one object raised often would drag its tracebacks along)."""
     return type(error)(str(error), peer=error.peer)
+
+
+def named(error: TransportError, peer: str) -> TransportError:
+    """The error with its peer, in the sentence too."""
+    text = str(error)
+    return type(error)(text if peer in text else f"{peer}: {text}", peer=peer)

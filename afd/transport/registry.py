@@ -8,15 +8,17 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from afd.credentials import OPEN, Credentials
 from afd.errors import ConfigError, PeerLost, PeerTimeout, TransportError
 from afd.transport import collective, grpc_stream, local, shm
+from afd.transport.attention_port import AttentionPort
 from afd.transport.base import Hello, Link, Listener
 from afd.transport.local import Faults
-from afd.transport.ports import AttentionPort, FfnPort
+from afd.transport.ports import FfnPort
 from afd.types import FfnAddress
 
 _CPU = torch.device("cpu")
@@ -115,7 +117,7 @@ def listen(
         for name in names:
             listeners[name] = _TRANSPORTS[name].listen(expected, options)
             opened.callback(listeners[name].close)
-        doors = {name: listener.address for name, listener in listeners.items()}
+        doors: dict[str, Any] = {name: listener.address for name, listener in listeners.items()}
         port = FfnPort(
             tuple(listeners.values()),
             FfnAddress(expected.ffn_rank, host_key(), **doors),
@@ -147,20 +149,42 @@ def connect(
     naming the FFN worker, TransportError when it cannot be reached by `kind` or an FFN rank's address is missing,
     ConfigError for an unknown kind.
     """
-    options = _Options("", deadline_s, _checked_faults(kind, faults), device, credentials)
-    ranks, wanted = sorted(a.ffn_rank for a in addresses), list(range(hello.ep * hello.tp))
-    if ranks != wanted:
-        raise TransportError(f"addresses name the ffn_ranks {ranks}; EP {hello.ep} times TP {hello.tp} needs {wanted}")
+    places = sorted((a.ffn_rank, a.replica) for a in addresses)
+    ranks, wanted = sorted({rank for rank, _ in places}), list(range(hello.ep * hello.tp))
+    if ranks != wanted or len(set(places)) < len(places):
+        named = [rank for rank, _ in places]
+        raise TransportError(f"addresses name the ffn_ranks {named}; EP {hello.ep} times TP {hello.tp} needs {wanted}")
     until = time.monotonic() + connect_s
     with ExitStack() as opened:
         links = []
-        for address in sorted(addresses, key=lambda a: a.ffn_rank):
-            name = _choose(kind, address)
-            links.append(_dial(name, address, replace(hello, ffn_rank=address.ffn_rank), until, options))
-            opened.callback(links[-1].close)
+        for address in sorted(addresses, key=lambda a: (a.ffn_rank, a.replica)):
+            left_s = until - time.monotonic()
+            link = dial(
+                kind, address, hello, connect_s=left_s, deadline_s=deadline_s, faults=faults, device=device,
+                credentials=credentials,
+            )  # fmt: skip
+            links.append((address, link))
+            opened.callback(link.close)
         port = AttentionPort(links, spin_us=spin_us, deadline_s=deadline_s)
         opened.pop_all()
     return port
+
+
+def dial(
+    kind: str,
+    address: FfnAddress,
+    hello: Hello,
+    *,
+    connect_s: float,
+    deadline_s: float,
+    faults: Faults | None = None,
+    device: torch.device = _CPU,
+    credentials: Credentials = OPEN,
+) -> Link:
+    """Connects to one FFN worker, for AttentionPort.adopt; arguments and errors as of `connect`. Any thread."""
+    options = _Options("", deadline_s, _checked_faults(kind, faults), device, credentials)
+    until = time.monotonic() + connect_s
+    return _dial(_choose(kind, address), address, replace(hello, ffn_rank=address.ffn_rank), until, options)
 
 
 def _lookup(kind: str) -> _Transport:

@@ -31,7 +31,7 @@ class Member:
     def usable(self) -> bool:
         """Whether new requests may go there."""
         draining = self.status is not None and self.status.state == "draining"
-        serves = self.worker.state == "ready" and not draining and not self.leaving
+        serves = self.worker.state in ("ready", "recovering") and not draining and not self.leaving
         return serves and self.client is not None and not self.client.lost
 
     @property

@@ -168,7 +168,7 @@ class Pool:
                 member.worker = worker
                 self._check_progress(member)
                 self._ask_again(member)
-            elif worker.state == "ready" and worker.address and not self._just_broken(worker.address):
+            elif worker.state in ("ready", "recovering") and worker.address and not self._just_broken(worker.address):
                 self._members[attention_rank] = member = Member(worker)
                 member.task = asyncio.create_task(self._connect(member))
 
@@ -257,7 +257,7 @@ class Pool:
                 f"{client.peer} at {client.address} is silent: for {self._silence_s:g} s (router.silence_s) it gave no "
                 f"token and did not say how it is"
             )
-        elif silent_s > self._deadline_s:
+        elif silent_s > self._deadline_s and member.worker.state != "recovering":
             client.fail(
                 f"{client.peer} at {client.address} gave no token and finished no step for {self._deadline_s:g} s "
                 f"(the router's deadline_s)"

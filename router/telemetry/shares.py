@@ -16,7 +16,7 @@ from afd.types import Role, WorkerTotals, WorkerView
 WINDOW_S = 5.0  # a figure is of at least so long, and goes back to a look that may be older where nobody looks often
 _CAUSES = tuple(sorted(activity.label for activity in WAITING))
 
-Worker = tuple[Role, int]
+Worker = tuple[Role, str]  # its label
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class RecentShares(Collector):
         self._looks: deque[tuple[float, dict[Worker, Sums]]] = deque(maxlen=64)
 
     def collect(self) -> Iterator[Metric]:
-        now = {(view.role, view.rank): _sums(view.totals, view) for view in self.views if view.totals is not None}
+        now = {(view.role, view.label): _sums(view.totals, view) for view in self.views if view.totals is not None}
         before = self._look(now)
         grown = {worker: sums.since(before.get(worker, Sums())) for worker, sums in now.items()}
         yield from _shares(grown)
@@ -113,9 +113,9 @@ def _shares(grown: dict[Worker, Sums]) -> Iterator[Metric]:
     experts = GaugeMetricFamily("afd_tokens_per_expert_call", text, labels=["ffn_rank"])
     for (role, rank), sums in grown.items():
         if sums.seconds > 0:
-            busy.add_metric([role.value, str(rank)], sums.busy_s / sums.seconds)
+            busy.add_metric([role.value, rank], sums.busy_s / sums.seconds)
             for cause, waited_s in zip(_CAUSES, sums.waited_s, strict=True):
-                bubbles.add_metric([role.value, str(rank), cause], waited_s / sums.seconds)
+                bubbles.add_metric([role.value, rank, cause], waited_s / sums.seconds)
         if role is Role.FFN and sums.expert_calls > 0:
-            experts.add_metric([str(rank)], sums.expert_tokens / sums.expert_calls)
+            experts.add_metric([rank], sums.expert_tokens / sums.expert_calls)
     yield from (busy, bubbles, experts)

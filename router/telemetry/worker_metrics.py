@@ -25,8 +25,8 @@ class WorkerMetrics(Collector):
     def collect(self) -> Iterator[Metric]:
         workers = [(view, view.totals) for view in self.views if view.totals is not None]
         yield from _every_worker(workers)
-        attention = [(str(v.rank), totals) for v, totals in workers if v.role is Role.ATTENTION]
-        ffn = [(str(v.rank), totals) for v, totals in workers if v.role is Role.FFN]
+        attention = [(v.label, totals) for v, totals in workers if v.role is Role.ATTENTION]
+        ffn = [(v.label, totals) for v, totals in workers if v.role is Role.FFN]
         yield from _attention(attention)
         yield from _ffn(ffn)
         yield from _prefix_cache(self.statuses)
@@ -39,8 +39,8 @@ def _every_worker(workers: list[tuple[WorkerView, WorkerTotals]]) -> Iterator[Me
     wire = CounterMetricFamily("afd_wire_bytes", text, labels=["role", "rank"])
     for view, totals in workers:
         for activity, total in totals.activities.items():
-            seconds.add_metric([view.role.value, str(view.rank), activity], total.seconds)
-        wire.add_metric([view.role.value, str(view.rank)], sum(t.wire_bytes for t in totals.activities.values()))
+            seconds.add_metric([view.role.value, view.label, activity], total.seconds)
+        wire.add_metric([view.role.value, view.label], sum(t.wire_bytes for t in totals.activities.values()))
     yield from (seconds, wire)
 
 

@@ -14,10 +14,11 @@ import torch
 
 from afd.credentials import OPEN, Credentials
 from afd.transport import collective, grpc_stream, local, shm
+from afd.transport.attention_port import AttentionPort
 from afd.transport.base import Hello, Link, Listener
 from afd.transport.frame import Frame
 from afd.transport.local import Faults
-from afd.transport.ports import AttentionPort, FfnPort
+from afd.transport.ports import FfnPort
 from afd.transport.registry import connect, host_key, listen
 from afd.types import DType, FfnAddress
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from afd.errors import ConfigError, HandshakeRefused, TransportError
+from afd.transport.attention_port import AttentionPort
 from afd.transport.local import Faults
-from afd.transport.ports import AttentionPort
 from afd.transport.registry import NAMES, host_key
 from afd.transport.shm import ShmLink
 from afd.types import FfnAddress
@@ -16,12 +16,12 @@ from tests.contract.pairs import HELLO, attention, collect, ffn_worker, open_ffn
 
 
 def link_of(port: AttentionPort) -> str:
-    return type(port._ffns[0].link).__module__.rsplit(".", 1)[-1]
+    return type(port._all[0].link).__module__.rsplit(".", 1)[-1]
 
 
 def test_auto_shares_memory_on_one_host() -> None:
     with ffn_worker("auto") as ffn, attention("auto", [ffn.port.address]) as port:
-        assert isinstance(port._ffns[0].link, ShmLink)
+        assert isinstance(port._all[0].link, ShmLink)
         port.dispatch(0, 0, 0, tokens(2), None, None)
         assert collect(port).num_tokens == 2
 

@@ -26,9 +26,9 @@ from afd.credentials import Credentials
 from afd.errors import HandshakeRefused, TransportError
 from afd.rpc import secure
 from afd.transport import grpc_stream, shm
+from afd.transport.attention_port import AttentionPort
 from afd.transport.frame import Frame, FrameKind, encode
 from afd.transport.handshake import hello_packet
-from afd.transport.ports import AttentionPort
 from afd.transport.shm_link import Region
 from tests import raw_grpc
 from tests.contract.pairs import (

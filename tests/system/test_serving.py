@@ -139,11 +139,12 @@ def error_of_stream(client: openai.OpenAI, started: threading.Event) -> str:
 
 @pytest.mark.parametrize("victim", ["ffn", "attention"])
 @pytest.mark.parametrize("transport", ["shm", "grpc"])
-def test_a_killed_worker_is_named_and_hangs_nobody(model: Path, victim: str, transport: str, tmp_path: Path) -> None:
-    deployment = tmp_path / "deployment.yaml"
-    deployment.write_text("router: {replay_s: 0.5}")  # how long they wait for another attention worker
-    arguments = ("--backend", "local", "--topology", "1A2F", "--transport", transport)
-    with serving(model, str(deployment), *arguments) as server:
+def test_a_killed_worker_that_may_not_come_back_is_named_and_hangs_nobody(
+    model: Path, victim: str, transport: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "once.yaml"
+    file.write_text("cluster: {restarts: 0, recover_s: 0}\nrouter: {replay_s: 0.5}\n")
+    with serving(model, str(file), "--backend", "local", "--topology", "1A2F", "--transport", transport) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=30) as client:
             with ThreadPoolExecutor(4) as pool:
                 started = [threading.Event() for _ in range(4)]

@@ -42,8 +42,10 @@ function setValue(id, value, unit) {
 
 const before = (now) => answers.length > 1 ? answers.at(-2) : now;
 
+const label = (worker) => worker.replica ? `${worker.rank}.${worker.replica}` : `${worker.rank}`;
+
 function perSecond(now, worker, name) {
-  const then = before(now), old = then.workers.find((w) => w.role === worker.role && w.rank === worker.rank);
+  const then = before(now), old = then.workers.find((w) => w.role === worker.role && label(w) === label(worker));
   const seconds = now.at_s - then.at_s;
   return seconds > 0 && old?.status && worker.status ? Math.max(0, worker.status[name] - old.status[name]) / seconds : null;
 }
@@ -55,11 +57,11 @@ function busyOf(worker) {
 }
 
 function card(now, worker) {
-  const name = `${worker.role === "ffn" ? "FFN" : worker.role} ${worker.rank}`, status = worker.status ?? {};
+  const name = `${worker.role === "ffn" ? "FFN" : worker.role} ${label(worker)}`, status = worker.status ?? {};
   const who = make("div", "who", make("h3", "", name), make("span", "pid", worker.pid ? `pid ${worker.pid}` : ""),
     make("span", `statename ${worker.state}`, worker.state));
   const element = make("article", `worker ${worker.state}`, who);
-  element.dataset.worker = `${worker.role} ${worker.rank}`;
+  element.dataset.worker = `${worker.role} ${label(worker)}`;
   if (worker.message) element.append(make("p", "said", worker.message));
   if (worker.state === "lost") return element;
   const busy = busyOf(worker);

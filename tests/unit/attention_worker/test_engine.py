@@ -193,3 +193,32 @@ def test_a_shared_prefix_is_reported_with_the_first_token_and_survives_a_cancell
         other = finished(rig.submit("other", [*prompt[:20], 99], GREEDY))
         assert (victim.cached_tokens, again.cached_tokens, other.cached_tokens) == (0, 36, 20)
         rig.check_idle()
+
+
+def test_without_a_replacement_requests_end_after_the_limit_with_its_knob() -> None:
+    with split(SPEC, weights_of(SPEC), "1A2F", recover_s=0.3) as rig:
+        running = rig.submit("r", [1, 2, 3], LONG)
+        assert running.started.wait(SECONDS)
+        rig.kill_ffn(1)
+        late = rig.submit("late", [1, 2], GREEDY)
+        assert not late.ended.wait(0.1)
+        for result in (running, late):
+            error = error_of(result)
+            assert "ffn_rank 1" in error
+            assert "within 0.3 s (cluster.recover_s)" in error
+        assert rig.engines[0].state == "lost"
+        assert rig.engines[0].scheduler.blocks.num_used == 0
+        rig.restart_ffn(1)  # too late: its link is closed, and nothing breaks
+        assert "ffn_rank 1" in error_of(rig.submit("later", [1, 2], GREEDY))
+
+
+def test_requests_may_be_cancelled_while_a_worker_is_being_replaced() -> None:
+    with split(SPEC, weights_of(SPEC), recover_s=SECONDS) as rig:
+        victim, other = rig.submit("victim", [4, 5, 6], LONG), rig.submit("other", [1, 2, 3], LONG)
+        assert victim.started.wait(SECONDS)
+        rig.kill_ffn(0)
+        rig.engines[0].cancel(0, "victim")
+        rig.restart_ffn(0)
+        assert len(finished(other).tokens) == LONG.max_tokens
+        assert not victim.ended.is_set()
+        rig.check_idle()

@@ -18,7 +18,7 @@ from tests.unit.cluster.clusters import TOYS, OpenCluster
 def ray_session() -> Iterator[None]:
     """One Ray for all tests here."""
     ray_host = pytest.importorskip("afd.cluster.ray_host")
-    with ray_host.session(Deployment().with_flags({"topology": "2A2F"})):
+    with ray_host.session(Deployment().with_flags({"topology": "2A2F", "cluster.standby_ffn": 1})):
         yield
 
 

@@ -128,3 +128,12 @@ def test_a_worker_process_that_fails_outside_every_call_says_so_and_exits_with_1
     assert child.returncode == 1
     assert "the worker process failed" in child.stderr
     assert "ValueError" in child.stderr
+
+
+@pytest.mark.parametrize("host", ["threads"], indirect=True)
+def test_a_killed_thread_is_asked_to_stop(host: Host) -> None:
+    handle = spawn(host)
+    handle.call("greet", "world", timeout_s=TIMEOUT_S)
+    role = handle._servant._role  # type: ignore[attr-defined]
+    handle.kill()
+    assert role.opened.wait(TIMEOUT_S)

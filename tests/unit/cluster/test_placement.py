@@ -7,7 +7,15 @@ from afd.types import Role
 
 def test_every_worker_of_the_topology_is_wanted_once() -> None:
     deployment = Deployment(topology="2A3F")
-    assert wanted(deployment) == [(Role.FFN, 0), (Role.FFN, 1), (Role.FFN, 2), (Role.ATTENTION, 0), (Role.ATTENTION, 1)]
+    seats = [(Role.FFN, 0, 0), (Role.FFN, 1, 0), (Role.FFN, 2, 0), (Role.ATTENTION, 0, 0), (Role.ATTENTION, 1, 0)]
+    assert wanted(deployment) == seats
+
+
+def test_replicas_have_seats_of_their_own_and_standbys_none_but_both_reserve() -> None:
+    deployment = Deployment(topology="1A2F").with_flags({"ffn.replicas": 2, "cluster.standby_ffn": 3})
+    names = ["ffn_rank 0", "ffn_rank 0 replica 1", "ffn_rank 1", "ffn_rank 1 replica 1", "attention_rank 0"]
+    assert [seat.name for seat in wanted(deployment)] == names
+    assert demand(deployment) == {"CPU": 8.0}
 
 
 def deployment_with_gpus() -> Deployment:

@@ -4,6 +4,7 @@ words such as `ffn0:refuse` (role, rank, deed) in any number."""
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 
@@ -18,10 +19,13 @@ class Toy:
     role = ""
 
     def __init__(
-        self, deployment: Deployment, rank: int, epoch: int, workers_on_host: int, credentials: Credentials
+        self, deployment: Deployment, rank: int | None, epoch: int, workers_on_host: int, credentials: Credentials
     ) -> None:
-        self.rank = rank
+        self.rank = -1 if rank is None else rank
         self.num_ffn = deployment.counts.ffn
+        self.replicas = deployment.ffn.replicas
+        self.address: object = None
+        self.life = secrets.token_hex(4)
         me = f"{self.role}{rank}:"
         self.deeds = [word.removeprefix(me) for word in deployment.model.split() if word.startswith(me)]
         self.never = threading.Event()
@@ -39,8 +43,14 @@ class Toy:
 
     def status(self) -> dict[str, object]:
         lost = "lose" in self.deeds
-        said = {"state": "lost" if lost else "ready", "message": "the wire was cut" if lost else "", "pid": os.getpid()}
-        return said | {"deeds": len(self.deeds), "totals": self.time.totals()}
+        return {
+            "state": "lost" if lost else "ready",
+            "message": "the wire was cut" if lost else "",
+            "address": self.address,
+            "pid": os.getpid(),
+            "deeds": len(self.deeds),
+            "totals": self.time.totals(),
+        }
 
     def timeline(self, since_ns: int, max_events: int) -> Recording:
         if "forget" in self.deeds:
@@ -51,9 +61,15 @@ class Toy:
 class ToyFfn(Toy):
     role = "ffn"
 
-    def start(self) -> FfnAddress:
+    def prepare(self) -> None:
+        if "unprepared" in self.deeds:
+            raise CheckpointError("a standby does not like the plan")
+
+    def start(self, ffn_rank: int | None = None) -> FfnAddress:
+        self.rank = self.rank if ffn_rank is None else ffn_rank
         self.begin()
-        return FfnAddress(self.rank, inproc=f"toy {self.rank}")
+        self.address = FfnAddress(self.rank, inproc=f"toy {self.rank} {self.life}")
+        return self.address
 
     def stop(self) -> None:
         pass
@@ -64,15 +80,25 @@ class ToyAttention(Toy):
 
     def start(self) -> str:
         self.begin()
-        return f"127.0.0.1:{self.rank + 1}"  # nobody listens there
+        self.address = f"127.0.0.1:{self.rank + 1}"  # nobody listens there
+        return self.address
 
-    def connect(self, ffn: Sequence[FfnAddress]) -> None:
+    def connect(self, ffn: Sequence[FfnAddress], within_s: float | None = None) -> None:
         if "deaf" in self.deeds:
             self.never.wait()
-        if [address.inproc for address in ffn] != [f"toy {rank}" for rank in range(self.num_ffn)]:
+        wanted = [(rank, replica) for rank in range(self.num_ffn) for replica in range(self.replicas)]
+        if [(address.ffn_rank, address.replica) for address in ffn] != wanted:
             raise ClusterError(f"these are not all the FFN workers, in order: {ffn}")
+        self.met = {(address.ffn_rank, address.replica): address for address in ffn}
 
-    def stop(self, drain_s: float) -> None:
+    def reconnect(self, ffn: Sequence[FfnAddress], within_s: float) -> None:
+        self.met |= {(address.ffn_rank, address.replica): address for address in ffn}
+
+    def status(self) -> dict[str, object]:
+        met = tuple(getattr(self, "met", {}).values())
+        return super().status() | {"ffn_living": met, "lives": sorted(a.inproc.split()[-1] for a in met)}
+
+    def stop(self, drain_s: float = 0.0) -> None:
         if "stuck" in self.deeds:
             self.never.wait()
 
@@ -101,6 +127,9 @@ class Oddities:
     def wait(self) -> str:
         self.opened.wait()
         return "released"
+
+    def stop(self) -> None:
+        self.opened.set()
 
     def release(self) -> None:
         self.opened.set()
