@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.25  # how often each worker is asked; a death is known after at most one
 CONNECT_MARGIN_S = 10.0  # a worker's own transport.connect_s runs out first and has the better sentence
 STOP_MARGIN_S = 1.5  # for a worker to end after draining, before it is killed
+SETTLE_S = 8.0  # for a controller that takes over to find its workers, before somebody who asks for them is told off
 END_S = 5.0  # for the controller's own thread to end once no worker lives
 STARTED = (Phase.LOADED, Phase.CONNECTING, Phase.SERVING)
 
@@ -78,6 +79,7 @@ class Controller:
         self._standbys = Standbys(settings.standby_ffn, self._spawn_standby, self._restarts(), settings.silent_s)
         self._ready: Future[None] = Future()
         self._stopping = threading.Event()
+        self._settled = threading.Event()  # it is known who was there before
         self._changed = threading.Event()  # look at the workers now
         self._membership = threading.Lock()
         self._noting = threading.Lock()
@@ -96,8 +98,10 @@ class Controller:
         return True
 
     def view(self) -> ClusterView:
-        """See Cluster."""
-        views = tuple(worker.shown() for worker in self._workers.values() if worker.handle is not None)
+        """See Cluster. Raises ClusterError of a controller that does not know yet whom another has left."""
+        if not self._settled.wait(SETTLE_S):
+            raise ClusterError(f"the controller has not found its workers within {SETTLE_S:g} s")
+        views = tuple(worker.shown() for worker in self._workers.values())
         return ClusterView(self._epoch, self._deployment.model, self._deployment.topology, views)
 
     def deployment(self) -> Deployment:
@@ -126,7 +130,11 @@ class Controller:
 
     def _run(self) -> None:
         try:
-            if not resume(self._workers, self._host.survivors(), self._deployment.cluster.silent_s):
+            try:
+                resumed = resume(self._workers, self._host.survivors(), self._deployment.cluster.silent_s)
+            finally:
+                self._settled.set()
+            if not resumed:
                 self._start_all()
                 self._connect()
         except AfdError as error:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests import tiny
@@ -98,4 +99,27 @@ def test_of_two_replicas_one_may_be_lost_without_a_pause(model: Path, tmp_path: 
         expected = undisturbed(server)
         strike(server, "killed", "ffn", 0, expected)
         strike(server, "frozen", "ffn", 0, expected)
+        assert server.stop()[0] == 0
+
+
+def controller_of(server: Serving) -> psutil.Process:
+    """Ray's actor that reconciles; the others are workers, whose pids the status tells."""
+    workers = {worker["pid"] for worker in server.status()["workers"]}
+    actors = [p for p in psutil.Process(server.process.pid).children(recursive=True) if p.name().startswith("ray::")]
+    (found,) = [p for p in actors if p.pid not in workers and "RayServant" in p.name()]
+    return found
+
+
+@pytest.mark.ray
+def test_a_frozen_and_then_killed_controller_disturbs_no_stream_and_its_successor_mends(
+    model: Path, tmp_path: Path
+) -> None:
+    with cluster(model, tmp_path, "1A1F", backend="ray") as server:
+        expected = undisturbed(server)
+        first = controller_of(server)
+        first.suspend()
+        assert undisturbed(server) == expected
+        first.kill()
+        assert undisturbed(server) == expected
+        strike(server, "killed", "ffn", 0, expected)
         assert server.stop()[0] == 0

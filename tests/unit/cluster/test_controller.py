@@ -255,8 +255,11 @@ def test_a_killed_controller_is_started_again_and_finds_the_workers_that_served_
         handle = cluster._controller  # type: ignore[attr-defined]
         eventually(lambda: handle.pid, 5.0)
         first = handle.pid
+        seen = list[int]()
         os.kill(first, signal.SIGKILL)
-        eventually(lambda: handle.pid != first and all_ready(cluster), START_S)
+        eventually(lambda: seen.append(len(cluster.view().workers)) or handle.pid != first, START_S)  # type: ignore[func-returns-value]
+        eventually(lambda: seen.append(len(cluster.view().workers)) or all_ready(cluster), START_S)  # type: ignore[func-returns-value]
+        assert set(seen) == {4}, "a worker seemed to have left the cluster"
         assert pids_of(cluster) == before
         os.kill(before[0], signal.SIGKILL)
         eventually(lambda: all_ready(cluster) and pids_of(cluster)[0] != before[0], START_S)

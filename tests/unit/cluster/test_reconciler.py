@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from typing import Any
-
 import pytest
 
-from afd.cluster.host import Handle, failed
+from afd.cluster.host import Handle
 from afd.cluster.placement import Seat, wanted
 from afd.cluster.reconciler import RETRY_S, Reconciler
 from afd.cluster.restarts import Restarts
@@ -16,45 +13,9 @@ from afd.cluster.worker import Worker
 from afd.config import Deployment
 from afd.errors import ClusterError, PeerLost
 from afd.types import FfnAddress, Role
+from tests.unit.cluster.scripted import Scripted, address
 
 FFN0, FFN1, ATTENTION0 = Seat(Role.FFN, 0), Seat(Role.FFN, 1), Seat(Role.ATTENTION, 0)
-
-
-class Scripted(Handle):
-    """A worker whose every call stays open until the test ends it; `status` is answered at once with `says`."""
-
-    lives = 0
-
-    def __init__(self, name: str) -> None:
-        Scripted.lives += 1
-        self.name, self.life, self.pid = name, Scripted.lives, 7
-        self.calls: list[tuple[str, tuple[object, ...], Future[Any]]] = []
-        self.says: dict[str, Any] | None = {"state": "ready", "message": ""}  # None: it hangs
-        self.gone = ""
-        self.killed = False
-
-    def submit(self, method: str, *args: object) -> Future[Any]:
-        if self.gone:
-            return failed(ClusterError(self.gone))
-        future: Future[Any] = Future()
-        if method == "status":
-            if self.says is not None:
-                future.set_result(dict(self.says))
-        else:
-            self.calls.append((method, args, future))
-        return future
-
-    def kill(self) -> None:
-        self.killed = True
-
-    def ends(self, method: str, result: object = None) -> None:
-        """The open call of this name ends with `result`, or raises it."""
-        future = next(future for name, _, future in self.calls if name == method and not future.done())
-        future.set_exception(result) if isinstance(result, Exception) else future.set_result(result)
-
-    @property
-    def asked(self) -> list[str]:
-        return [name for name, _, _ in self.calls]
 
 
 class Scene:
@@ -106,10 +67,6 @@ class Scene:
     def state(self, seat: Seat) -> tuple[str, str]:
         view = self.workers[seat].shown()
         return view.state, view.message
-
-
-def address(handle: Scripted, seat: Seat) -> FfnAddress:
-    return FfnAddress(seat.rank, inproc=f"life {handle.life}")
 
 
 @pytest.fixture
