@@ -137,7 +137,7 @@ class GenerateOutput:
 class FfnAddress:
     """Where an FFN worker can be reached; transports pick what they can use.
 
-    `host_key` is equal for two processes that can share memory (same boot, network namespace and user).
+    `host_key` is equal for two processes that can share memory (same boot, network and user namespace, user).
     """
 
     ffn_rank: int

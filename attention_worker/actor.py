@@ -45,7 +45,7 @@ class AttentionWorker:
         self._kernels: CDLL | None = None
         self._engine: Engine | None = None
         self._thread: threading.Thread | None = None
-        self._service = Service(self.status_reply, deployment.transport.bind)
+        self._service = Service(self.status_reply, deployment.transport.address)
 
     def start(self) -> str:
         """Loads the attention half and opens the door to routers; returns its host:port.

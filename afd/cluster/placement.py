@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from afd.config import Deployment, Resources
 from afd.types import Role
 
+ACCELERATOR = 0.001  # of the resource "accelerator_type:X", for an actor that asks for X; a node with X offers 1
+
 
 def wanted(deployment: Deployment) -> list[tuple[Role, int]]:
     """Every worker the deployment asks for, as (role, attention_rank or ffn_rank); FFN workers first."""
@@ -21,11 +23,14 @@ def resources_of(deployment: Deployment, role: Role) -> Resources:
 
 
 def demand(deployment: Deployment) -> dict[str, float]:
-    """What all workers together reserve, by Ray's resource names ("CPU", "GPU", custom ones)."""
+    """What all workers together reserve, by Ray's resource names ("CPU", "GPU", custom ones), and of each card they
+    ask for by type the least bit that Ray reserves."""
     total: dict[str, float] = {}
     for role, _ in wanted(deployment):
         resources = resources_of(deployment, role)
-        for name, amount in {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}.items():
+        card = {f"accelerator_type:{resources.accelerator_type}": ACCELERATOR} if resources.accelerator_type else {}
+        amounts = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom, **card}
+        for name, amount in amounts.items():
             total[name] = total.get(name, 0.0) + amount
     return {name: amount for name, amount in total.items() if amount}
 

@@ -51,6 +51,7 @@ from afd import log as logs
 from afd.cluster.controller import Controller, new_epoch
 from afd.cluster.host import Handle, Host, settle, this_node
 from afd.cluster.placement import demand, shortage
+from afd.cluster.ray_nodes import at_home, beside_me, bound, num_alive
 from afd.cluster.roles import Roles
 from afd.cluster.servant import Outcome, Servant
 from afd.config import Deployment, Resources
@@ -83,6 +84,13 @@ class RayServant(Servant):
     def identity(self) -> tuple[int, str]:
         """The process id and the machine's name."""
         return os.getpid(), this_node()
+
+
+class RayWorker(RayServant):
+    """The servant of an attention or FFN worker: its deployment says the address of the node it was placed on."""
+
+    def __init__(self, name: str, role: str, args: tuple[object, ...]) -> None:
+        super().__init__(name, role, tuple(at_home(arg) if isinstance(arg, Deployment) else arg for arg in args))
 
 
 class RayHandle(Handle):
@@ -127,7 +135,7 @@ class RayHost(Host):
     """Starts workers as actors. Holds nothing, so that it can be sent to the controller's own actor."""
 
     def spawn(self, name: str, role: str, args: tuple[object, ...], resources: Resources) -> RayHandle:
-        actor = ray.remote(RayServant).options(
+        actor = ray.remote(RayWorker).options(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
             accelerator_type=resources.accelerator_type,
@@ -138,7 +146,7 @@ class RayHost(Host):
         return RayHandle(name, actor.remote(name, role, args))
 
     def workers_on_host(self, workers: int) -> int:
-        return math.ceil(workers / sum(1 for node in ray.nodes() if node["Alive"]))
+        return math.ceil(workers / num_alive())
 
     def close(self) -> None:
         pass
@@ -159,8 +167,11 @@ class RayCluster:
     def __init__(self, deployment: Deployment, roles: Roles) -> None:
         epoch = new_epoch()
         path = f"{RayController.__module__}:{RayController.__name__}"
-        nothing = Resources(num_cpus=0)
-        self._controller = RayHost().spawn("controller", path, (deployment, roles, epoch), nothing)
+        controller = ray.remote(RayServant).options(
+            num_cpus=0, max_concurrency=CALLS_AT_ONCE, max_restarts=0, scheduling_strategy=beside_me()
+        )
+        args = (bound(deployment), roles, epoch)
+        self._controller = RayHandle("controller", controller.remote("controller", path, args))
         self._view = ClusterView(epoch, deployment.model, deployment.topology)
         self._asking = threading.Lock()  # so that no older view is stored over a newer one
         self._ended = threading.Event()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,12 +60,28 @@ def until(true: Any, seconds: float = 20.0) -> None:
 
 
 @contextmanager
-def serving(model: str | Path, *arguments: str, seconds: float = 120.0) -> Iterator[Serving]:
-    """Runs until the block ends; whatever is left then is killed."""
+def serving(
+    model: str | Path, *arguments: str, seconds: float = 120.0, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    """Runs until the block ends; whatever is left then is killed. `environment` is added to this process's."""
     command = [AFD, "serve", "--model", str(model), "--port", "0", *arguments]
+    with running(command, seconds=seconds, environment=environment) as server:
+        yield server
+
+
+@contextmanager
+def running(
+    command: Sequence[str], *, seconds: float = 120.0, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    """The same for any command that becomes an `afd serve`."""
     started = time.monotonic()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, **(environment or {})},
     )
     server = Serving(process)
     ready = threading.Event()
