@@ -55,7 +55,6 @@ def server(two: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "HOME": home,
-        "RAY_TMPDIR": home,
         "AFD_CACHE": str(env.read().cache),
         "OMP_NUM_THREADS": "1",
     }
@@ -75,7 +74,8 @@ def server(two: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ser
 
 
 def bash(host: Host, script: str) -> list[str]:
-    return host.command("bash", "-ec", f"cd {ROOT}\n{script}")
+    """A shell on that host, without what Rays of other tests have left in this process's environment."""
+    return host.command("bash", "-ec", f"unset ${{!RAY_*}}; export RAY_TMPDIR=$HOME; cd {ROOT}\n{script}")
 
 
 @pytest.fixture
