@@ -91,11 +91,17 @@ class Hosts:
         """Plugs it in again."""
         _ip("-n", self.first.name, "link", "set", "cable", "up")
 
-    def limit(self, mbit_s: float) -> None:
-        """From now on at most this many megabits a second pass in each direction."""
+    @contextmanager
+    def limited(self, mbit_s: float) -> Iterator[None]:
+        """Until the block ends at most this many megabits a second pass in each direction."""
+        bucket = ("tbf", "rate", f"{mbit_s}mbit", "burst", str(BUFFER_BYTES), "latency", f"{LATENCY_MS}ms")
         for host in (self.first, self.second):
-            bucket = ("tbf", "rate", f"{mbit_s}mbit", "burst", str(BUFFER_BYTES), "latency", f"{LATENCY_MS}ms")
-            _run("tc", "-n", host.name, "qdisc", "replace", "dev", "cable", "root", *bucket)
+            _run("tc", "-n", host.name, "qdisc", "add", "dev", "cable", "root", *bucket)
+        try:
+            yield
+        finally:
+            for host in (self.first, self.second):
+                _run("tc", "-n", host.name, "qdisc", "del", "dev", "cable", "root")
 
 
 @contextmanager
