@@ -4,8 +4,8 @@
         [--tokens 24] [--microbatches 1 3] [--rounds 2]
 
 Three links: as fast as the machine; 1 ms each way (a forwarder, tests/delay.py); 100 Mbit/s each way (tc tbf). Needs
-root and `ip`. Each worker has one core's worth of threads; the forwarder shares the cores with them. A table of medians,
-and beside each figure the milliseconds a step takes at that rate; the last line is JSON.
+root and `ip`. Each worker has one core's worth of threads; the forwarder shares the cores with them. A table of
+medians, and beside each figure the milliseconds a step takes at that rate; the last line is JSON.
 """
 
 from __future__ import annotations
