@@ -16,7 +16,7 @@ from pathlib import Path
 NETNS = Path("/run/netns")
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 ADDRESSES = ("192.0.2.1", "192.0.2.2")  # those of deploy/README.md: of a block for documentation (RFC 5737)
-BUFFER_BYTES = 64 * 1024  # what a slow cable lets pass at once: more than the largest packet (offloads make large ones)
+BUFFER_BYTES = 4096  # what a slow cable lets pass at once: two packets, so that no frame is through before its time
 LATENCY_MS = 400  # longest queue of a slow cable
 
 

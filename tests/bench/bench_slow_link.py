@@ -1,6 +1,6 @@
 """What several microbatches hide of a slow link: decode of 1A1F over gRPC between two hosts (network namespaces).
 
-    PYTHONPATH=. python tests/bench/bench_slow_link.py [--model smollm2-step3] [--dtype bf16] [--streams 24]
+    PYTHONPATH=. python tests/bench/bench_slow_link.py [--model smollm2-step3] [--dtype bf16] [--streams 48]
         [--tokens 24] [--microbatches 1 3] [--rounds 2]
 
 Three links: as fast as the machine; 1 ms each way (a forwarder, tests/delay.py); 100 Mbit/s each way (tc tbf). Needs
@@ -159,7 +159,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-step3")
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="bf16")
-    parser.add_argument("--streams", type=int, default=24)
+    parser.add_argument("--streams", type=int, default=48)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--microbatches", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--rounds", type=int, default=2)
