@@ -109,7 +109,9 @@ class TransportSection(_Section):
     """How activations travel. `auto` chooses per pair of workers: shared memory on one host, gRPC between hosts."""
 
     kind: TransportKind = "auto"
-    bind: str = Field("127.0.0.1", min_length=1)  # address gRPC and collective listen on, and tell peers
+    # The address gRPC and collective listen on, and tell peers. node: each worker its own node's, as Ray knows it;
+    # auto: 127.0.0.1 where all workers share this host, else node.
+    bind: str = Field("auto", min_length=1)
     connect_s: float = Field(60.0, gt=0)
     deadline_s: float = Field(30.0, gt=0)  # longest wait for one answer
     # Poll this long before sleeping; auto: 2000 where every worker of the host can have a core, else 50.
@@ -123,6 +125,11 @@ class TransportSection(_Section):
         if self.tls is not None and self.kind == "collective":
             raise ValueError("tls is gRPC's; kind collective would send activations in plain text all the same")
         return self
+
+    @property
+    def address(self) -> str:
+        """`bind` for the sockets of one worker; "auto" that no host has resolved is a cluster on this one."""
+        return "127.0.0.1" if self.bind == "auto" else self.bind
 
 
 class ClusterSection(_Section):
@@ -198,6 +205,15 @@ class Deployment(_Section):
         except ConfigError as error:
             raise ValueError(str(error)) from error
 
+    @model_validator(mode="after")
+    def _nodes_are_rays(self) -> Deployment:
+        if self.transport.bind == "node" and self.cluster.backend != "ray":
+            raise ValueError(
+                f"transport.bind is 'node', the address by which Ray knows a worker's node, but cluster.backend is "
+                f"{self.cluster.backend!r}: give the address itself"
+            )
+        return self
+
     @property
     def counts(self) -> Topology:
         return Topology.parse(self.topology)
@@ -243,7 +259,8 @@ def _explain(item: Any) -> str:
     # Without the names that pydantic gives to the members of a union, such as "literal['auto']".
     place = ".".join(part for part in map(str, item["loc"]) if not part.startswith(("constrained-", "literal[")))
     if item["type"] != "extra_forbidden":
-        return f"{place} is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}"
+        problem: str = item["msg"].removeprefix("Value error, ")
+        return f"{place} is {item['input']!r}: {problem}" if place else problem
     places = list(_keys(Deployment))
     leaf = str(item["loc"][-1])
     homes = [p for p in places if p.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(

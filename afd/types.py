@@ -151,7 +151,8 @@ class GenerateOutput:
 class FfnAddress:
     """Where an FFN worker can be reached; transports pick what they can use.
 
-    `host_key` is equal for two processes that can share memory (same boot, network namespace and user). `replica`
+    `host_key` is equal for two processes that can share memory (same boot, network and user
+    namespace, user). `replica`
     tells apart the workers that serve the same rank. No two lives of a worker have the same address.
     """
 

@@ -58,7 +58,7 @@ class AttentionWorker:
         self._reconnecting = threading.Lock()
         self._address = ""
         transport = deployment.transport
-        self._service = Service(self.status_reply, transport.bind, credentials, transport.deadline_s)
+        self._service = Service(self.status_reply, transport.address, credentials, transport.deadline_s)
 
     def start(self) -> str:
         """Loads the attention half and opens the door to routers; returns its host:port.

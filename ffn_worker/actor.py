@@ -67,7 +67,7 @@ class FfnWorker:
         port = transports.listen(
             transport.kind,
             plan.hello(self.epoch, 0, self.ffn_rank),
-            bind=transport.bind,
+            bind=transport.address,
             spin_us=build.spin_us(transport.spin_us, self.workers_on_host),
             deadline_s=transport.deadline_s,
             device=plan.device,

@@ -8,6 +8,8 @@ from typing import NamedTuple
 from afd.config import Deployment, Resources
 from afd.types import Role
 
+ACCELERATOR = 0.001  # of the resource "accelerator_type:X", for an actor that asks for X; a node with X offers 1
+
 
 class Seat(NamedTuple):
     """One worker that should be there: its attention_rank or ffn_rank, and which of that rank's replicas it is."""
@@ -35,11 +37,14 @@ def resources_of(deployment: Deployment, role: Role) -> Resources:
 
 
 def demand(deployment: Deployment) -> dict[str, float]:
-    """What all workers and standbys together reserve, by Ray's resource names ("CPU", "GPU", custom ones)."""
+    """What all workers and standbys together reserve, by Ray's resource names ("CPU", "GPU", custom ones), and of each card they
+    ask for by type the least bit that Ray reserves."""
     total: dict[str, float] = {}
     for role in [seat.role for seat in wanted(deployment)] + [Role.FFN] * deployment.cluster.standby_ffn:
         resources = resources_of(deployment, role)
-        for name, amount in {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}.items():
+        card = {f"accelerator_type:{resources.accelerator_type}": ACCELERATOR} if resources.accelerator_type else {}
+        amounts = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom, **card}
+        for name, amount in amounts.items():
             total[name] = total.get(name, 0.0) + amount
     return {name: amount for name, amount in total.items() if amount}
 

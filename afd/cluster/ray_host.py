@@ -49,6 +49,7 @@ from afd import env
 from afd.cluster.controller import Controller, new_epoch
 from afd.cluster.host import Handle, Host, settle
 from afd.cluster.placement import demand, shortage
+from afd.cluster.ray_nodes import beside_me, bound, num_alive
 from afd.cluster.ray_process import end_process
 from afd.cluster.ray_servant import RayServant, RayWorker
 from afd.cluster.roles import Roles
@@ -142,7 +143,7 @@ class RayHost(Host):
         return [(name.split(LIFE)[0], RayHandle(name.split(LIFE)[0], actor)) for name, actor in _workers()]
 
     def workers_on_host(self, workers: int) -> int:
-        return math.ceil(workers / sum(1 for node in ray.nodes() if node["Alive"]))
+        return math.ceil(workers / num_alive())
 
     def close(self) -> None:
         pass
@@ -220,9 +221,13 @@ class RayCluster(RayRun):
         epoch = new_epoch()
         path = f"{RayController.__module__}:{RayController.__name__}"
         controller = ray.remote(RayServant).options(
-            num_cpus=0, max_concurrency=CALLS_AT_ONCE, max_restarts=-1, name=f"{CONTROLLER}{epoch}"
+            num_cpus=0,
+            max_concurrency=CALLS_AT_ONCE,
+            max_restarts=-1,
+            name=f"{CONTROLLER}{epoch}",
+            scheduling_strategy=beside_me(),
         )
-        args = (deployment, roles, epoch, credentials or for_run(deployment))
+        args = (bound(deployment), roles, epoch, credentials or for_run(deployment))
         handle = RayHandle("controller", controller.remote("controller", path, args))
         super().__init__(handle, ClusterView(epoch, deployment.model, deployment.topology))
 

@@ -11,7 +11,9 @@ import ray
 
 from afd import log as logs
 from afd.cluster.host import this_node
+from afd.cluster.ray_nodes import at_home
 from afd.cluster.servant import Outcome, Servant
+from afd.config import Deployment
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +37,11 @@ class RayServant(Servant):
 
 class RayWorker(RayServant):
     """The servant of an attention or FFN worker. It outlives the controller, which finds it again (RayHost.survivors);
-    but when nobody has asked it anything for ORPHAN_S seconds, its whole run is gone, and it ends."""
+    but when nobody has asked it anything for ORPHAN_S seconds, its whole run is gone, and it ends. Its deployment says
+    the address of the node it was placed on."""
 
     def __init__(self, name: str, role: str, args: tuple[object, ...]) -> None:
-        super().__init__(name, role, args)
+        super().__init__(name, role, tuple(at_home(arg) if isinstance(arg, Deployment) else arg for arg in args))
         self._asked_s = time.monotonic()
         threading.Thread(target=self._watch, name="watches for orphanhood", daemon=True).start()
 

@@ -55,6 +55,8 @@ def joined(theirs: Deployment, ours: Deployment, file: Path | None, flags: Mappi
     flags. Raises ConfigError for a file that is of another deployment."""
     if file is None:
         return theirs.with_flags(flags)
+    if ours.transport.bind == "auto":  # which the run has resolved
+        ours = ours.with_flags({"transport.bind": theirs.transport.bind})
     for section in (name for name in Deployment.model_fields if name != "router"):
         have, want = getattr(theirs, section), getattr(ours, section)
         if have != want:

@@ -41,12 +41,14 @@ class _Transport:
     """One entry of the list. Its name is also the field of FfnAddress that `dial` takes.
 
     reaches: whether this process can use it to an address. missing: why this machine has none, "" when it has.
+    is_here: whether the door is where `reaches` thinks it is; asked by `auto`, which has others to choose from.
     """
 
     listen: Callable[[Hello, _Options], Listener]
     dial: Callable[[str, Hello, float, _Options], Link]
     reaches: Callable[[FfnAddress], bool]
     missing: Callable[[], str] = lambda: ""
+    is_here: Callable[[FfnAddress], bool] = lambda _: True
 
 
 _TRANSPORTS = {  # the best first: `auto` takes the first that reaches
@@ -60,6 +62,7 @@ _TRANSPORTS = {  # the best first: `auto` takes the first that reaches
         dial=lambda address, hello, timeout_s, o: shm.dial(address, hello, timeout_s, o.deadline_s),
         reaches=lambda address: bool(address.shm) and address.host_key == host_key() != "",
         missing=shm.missing,
+        is_here=lambda address: shm.is_here(address.shm),
     ),
     "grpc": _Transport(
         listen=lambda expected, o: grpc_stream.listen(expected, o.bind, o.credentials),
@@ -77,11 +80,14 @@ NAMES = ("auto", *_TRANSPORTS)
 
 
 def host_key() -> str:
-    """Equal for two processes that can share memory: same boot, network namespace and user. "" where that cannot be
-    told, which equals nothing."""
+    """Equal for two processes that may share memory: same boot, network namespace (abstract sockets end at it) and
+    user, in the same user namespace. The host's name does not count: containers of different hosts may share it.
+    Virtual machines that were copied while they ran may have equal keys; so `auto` also looks for the door itself.
+    "" where it cannot be told, which equals nothing."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}-{os.getuid()}"
+        net, user = (os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "user"))
+        return f"{boot}-{net}-{user}-{os.getuid()}"
     except OSError:
         return ""
 
@@ -210,7 +216,7 @@ def _choose(kind: str, address: FfnAddress) -> str:
             )
         return kind
     for name, transport in _TRANSPORTS.items():
-        if transport.reaches(address) and not transport.missing():
+        if transport.reaches(address) and not transport.missing() and transport.is_here(address):
             return name
     raise TransportError(f"{peer} can be reached by no transport: {address}", peer=peer)
 

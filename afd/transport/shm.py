@@ -18,6 +18,7 @@ import socket
 import struct
 import sys
 import time
+from pathlib import Path
 
 from afd.errors import PeerLost, PeerTimeout, TransportError
 from afd.transport.base import Hello, Link, Listener
@@ -42,6 +43,15 @@ def missing() -> str:
         if not hasattr(module, name)
     ]
     return f"this Python lacks {', '.join(lacking)}" if lacking else ""
+
+
+def is_here(address: str) -> bool:
+    """Whether a door with this name is open in this network namespace of this kernel: abstract sockets are known
+    nowhere else. True where the system does not say."""
+    try:
+        return f" @{address}\n" in Path("/proc/self/net/unix").read_text(errors="replace")
+    except OSError:
+        return True
 
 
 def listen(expected: Hello, deadline_s: float) -> ShmListener:

@@ -35,6 +35,14 @@ def test_auto_uses_grpc_to_another_host() -> None:
             assert collect(port).num_tokens == 2
 
 
+def test_auto_uses_grpc_where_the_hosts_look_the_same_but_the_door_is_not_here() -> None:
+    """As between two virtual machines of which one is a copy of the other: even their boot ids are equal."""
+    with ffn_worker("auto") as ffn:
+        copied = replace(ffn.port.address, shm="afd-door-of-the-other-machine")
+        with attention("auto", [copied]) as port:
+            assert link_of(port) == "grpc_stream"
+
+
 def test_auto_uses_the_process_itself_where_it_can() -> None:
     with ffn_worker("inproc") as ffn, attention("auto", [ffn.port.address]) as port:
         assert link_of(port) == "local"

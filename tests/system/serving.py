@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,17 +67,17 @@ def until(true: Any, seconds: float = 20.0) -> None:
 def serving(
     model: str | Path, *arguments: str, seconds: float = 120.0, environment: Mapping[str, str] | None = None
 ) -> Iterator[Serving]:
-    """Runs `afd serve` until the block ends; whatever is left then is killed."""
-    with running(
-        "serve", "--model", str(model), "--port", "0", *arguments, seconds=seconds, environment=environment
-    ) as server:
+    """Runs until the block ends; whatever is left then is killed. `environment` is added to this process's."""
+    command = [AFD, "serve", "--model", str(model), "--port", "0", *arguments]
+    with running(command, seconds=seconds, environment=environment) as server:
         yield server
 
 
 @contextmanager
-def running(*arguments: str, seconds: float = 120.0, environment: Mapping[str, str] | None = None) -> Iterator[Serving]:
-    """The same for any command that serves. `environment` is beside this process's own."""
-    command = [AFD, *arguments]
+def running(
+    command: Sequence[str], *, seconds: float = 120.0, environment: Mapping[str, str] | None = None
+) -> Iterator[Serving]:
+    """The same for any command that becomes an `afd serve`."""
     started = time.monotonic()
     process = subprocess.Popen(
         command,

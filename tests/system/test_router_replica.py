@@ -63,9 +63,9 @@ def refusal(run: Run | None, *arguments: str) -> str:
 @pytest.mark.ray
 def test_two_routers_share_the_workers_and_leave_them_as_they_are(run: Run) -> None:
     before = pids(run)
-    with running("router", environment=run.environment) as first:
+    with running([AFD, "router"], environment=run.environment) as first:
         until(lambda: httpx.get(f"{first.url}/ready").status_code == 200)
-        with running("router", "--port", "0", environment=run.environment) as second:
+        with running([AFD, "router", "--port", "0"], environment=run.environment) as second:
             until(lambda: httpx.get(f"{second.url}/ready").status_code == 200)
             assert first.url != second.url
             assert ids(first) == ids(second)

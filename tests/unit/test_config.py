@@ -69,6 +69,10 @@ def test_an_unknown_key_is_refused_with_the_place_where_it_belongs(tmp_path: Pat
         ({"attention": {"resources": {"num_cpus": float("inf")}}}, "attention.resources.num_cpus is inf: .*finite"),
         ({"ffn": {"resources": {"custom": {"fast": -1.0}}}}, "ffn.resources.custom.fast is -1.0: .*equal to 0"),
         ({"ffn": {"resources": {"custom": {"fast": float("nan")}}}}, "ffn.resources.custom.fast is nan"),
+        (
+            {"transport": {"bind": "node"}, "cluster": {"backend": "local"}},
+            "transport.bind is 'node', .*, but cluster.backend is 'local': give the address itself",
+        ),
         ({"transport": {"bind": ""}}, "transport.bind is '': .*at least 1 character"),
         ({"transport": {"connect_s": float("inf")}}, "transport.connect_s is inf: .*finite"),
         ({"router": {"drain_s": float("nan")}}, "router.drain_s is nan"),

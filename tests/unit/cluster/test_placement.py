@@ -31,6 +31,16 @@ def test_the_demand_adds_up_over_all_workers_and_leaves_out_what_is_zero() -> No
     assert resources_of(deployment_with_gpus(), Role.FFN).num_gpus == 4
 
 
+def test_a_card_asked_for_by_type_must_be_there() -> None:
+    plain = Deployment(topology="1A2F")
+    cards = plain.ffn.model_copy(update={"resources": Resources(num_cpus=1, num_gpus=1, accelerator_type="H20")})
+    deployment = plain.model_copy(update={"ffn": cards})
+    assert demand(deployment) == {"CPU": 3.0, "GPU": 2.0, "accelerator_type:H20": 0.002}
+    have = {"CPU": 8.0, "GPU": 8.0, "accelerator_type:H100": 1.0}
+    assert "accelerator_type:H20 (there are 0)" in shortage(deployment, have)
+    assert shortage(deployment, have | {"accelerator_type:H20": 1.0}) == ""
+
+
 def test_a_shortage_names_what_is_missing_how_much_there_is_and_the_knobs() -> None:
     sentence = shortage(deployment_with_gpus(), {"CPU": 8.0, "GPU": 1.0, "fast_net": 1.0})
     assert sentence == "2A1F needs 4 GPU (there are 1); change topology, attention.resources or ffn.resources"
