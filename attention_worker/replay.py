@@ -110,22 +110,21 @@ class Replay:
         self._starved = batch is None
         return _step(batch, self._weight) if batch else None
 
-    def complete(self, step: Step, now_s: float) -> list[tuple[int, bool]]:
+    def complete(self, step: Step, now_s: float) -> list[int]:
         batch = step.batch
         assert isinstance(batch, Batch), "a step of somebody else's scheduler"
         self._starved = False
         sampling = [chunk.sequence for chunk in batch.chunks if chunk.samples]
         self._scheduler.complete(batch, now_s)
-        produced = [(s.owner, s.append(_TOKEN, ()).finish_reason is not None) for s in sampling]
-        for sequence, (_, ended) in zip(sampling, produced, strict=True):
-            if ended:
+        for sequence in sampling:
+            if sequence.append(_TOKEN, ()).finish_reason:
                 self._scheduler.remove(sequence)
         if self._tuner:
             running, prompts = len(self._scheduler.running), batch.prompt_tokens
             self._scheduler.microbatches = self._tuner.observe(
                 now_s, step.samples, running * self._weight, prompts * self._weight
             )
-        return produced
+        return [sequence.owner for sequence in sampling]
 
     def check(self) -> None:
         """The scheduler's invariants."""
@@ -147,12 +146,9 @@ class Replay:
 
 
 def _step(batch: Batch, weight: int) -> Step:
-    tokens = context = seen = samples = 0
+    tokens = context = samples = 0
     for chunk in batch.chunks:
-        count = chunk.count
-        end = chunk.start + count
-        tokens += count
-        context += end
-        seen += count * end - count * (count - 1) // 2
+        tokens += chunk.count
+        context += chunk.start + chunk.count
         samples += chunk.samples
-    return Step(batch, tokens * weight, context * weight, seen * weight, samples * weight)
+    return Step(batch, tokens * weight, context * weight, samples * weight)

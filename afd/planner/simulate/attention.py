@@ -11,13 +11,9 @@ from collections.abc import Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 from afd.pipeline.timeline import Activity
-from afd.planner.simulate.agenda import Agenda
-from afd.planner.simulate.clock import Clock
-from afd.planner.simulate.disturbance import Disturbance
-from afd.planner.simulate.ledger import Ledger
-from afd.planner.simulate.policies import Limits, Policies, Step
-from afd.planner.simulate.recorder import Recorder
+from afd.planner.simulate.policies import Step
 from afd.planner.simulate.wire import Door
+from afd.planner.simulate.world import World
 from afd.types import Role
 
 if TYPE_CHECKING:
@@ -29,8 +25,8 @@ class Microbatch:
     that have not answered, as bits; `ready_s` when the last answer that is known of is here."""
 
     __slots__ = (
-        "answers", "batch", "index", "layer", "layers_s", "missing", "owner", "paused", "ready_s", "sent_at", "slices",
-        "step", "tokens",
+        "answers", "attention_s", "batch", "combine_s", "dispatch_s", "index", "layer", "missing", "owner", "paused",
+        "ready_s", "sent_at", "slices", "step", "tokens",
     )  # fmt: skip
 
     def __init__(self, owner: AttentionWorker, index: int) -> None:
@@ -44,41 +40,33 @@ class Microbatch:
         self.step = 0
         self.layer = 0
         self.tokens = 0
-        self.layers_s: Sequence[float] = ()
+        self.attention_s: Sequence[float] = ()  # what each layer takes, with the tokens of this step
+        self.dispatch_s: Sequence[float] = ()
+        self.combine_s: Sequence[float] = ()
         self.slices = 0  # of the LM head that are left
 
 
 class AttentionWorker:
-    """`ffns` are the FFN workers it sends to, in rank order; set when they are there."""
+    """Sends to the FFN workers that it is connected to."""
 
-    def __init__(
-        self,
-        rank: int,
-        agenda: Agenda,
-        clock: Clock,
-        policies: Policies,
-        limits: Limits,
-        disturbance: Disturbance,
-        ledger: Ledger,
-        recorder: Recorder,
-    ) -> None:
+    def __init__(self, rank: int, world: World) -> None:
         self.rank = rank
         self.ffns: Sequence[FfnWorker] = ()
-        self.door = Door(clock.attention_link)
+        self.door = Door(world.clock.latency_s)
         self.busy_s = 0.0
-        self.resent = 0
-        self.microbatches = [Microbatch(self, index) for index in range(limits.microbatches)]
+        self.sent_again = 0
+        self.microbatches = [Microbatch(self, index) for index in range(world.scenario.limits.microbatches)]
         self._now_s = 0.0  # of what it is doing: ahead of the agenda within a turn
-        self.policy = policies.attention(limits, lambda: self._now_s)
-        self._agenda = agenda
-        self._clock = clock
-        self._weight = limits.weight
-        self._disturbance = disturbance
-        self._ledger = ledger
-        self._recorder = recorder
-        self._marks = recorder.worker(Role.ATTENTION, rank)
+        self.policy = world.policies.attention(world.scenario.limits, lambda: self._now_s)
+        self._agenda = world.agenda
+        self._clock = world.clock
+        self._slices = world.scenario.head_slices
+        self._disturbance = world.disturbance(Role.ATTENTION, rank)
+        self._ledger = world.ledger
+        self._recorder = world.recorder
+        self._marks = world.recorder.worker(Role.ATTENTION, rank)
         self._resting = True
-        self._arrivals: list[tuple[float, Microbatch, int, int, int, int, int]] = []  # while recording
+        self._arrivals: list[tuple[float, Microbatch, int, int, int]] = []  # while recording
         self._everybody: Sized = ()
         self._all_bits = 0
 
@@ -98,13 +86,13 @@ class AttentionWorker:
         self.policy.add(*request)
         self.wake(now_s)
 
-    def answer(self, m: Microbatch, ffn_rank: int, there_s: float, num_bytes: int) -> None:
+    def answer(self, m: Microbatch, ffn_rank: int, there_s: float) -> None:
         """FFN rank `ffn_rank` has sent its answer for `m`, which will be there at `there_s`."""
         m.missing &= ~(1 << ffn_rank)
         if m.ready_s < there_s:
             m.ready_s = there_s
         if self._recorder.on:
-            self._arrivals.append((there_s, m, m.step, m.layer, m.tokens, num_bytes, ffn_rank))
+            self._arrivals.append((there_s, m, m.step, m.layer, ffn_rank))
         if not m.missing:
             self._agenda.at(m.ready_s, self._answered, m)
 
@@ -112,7 +100,7 @@ class AttentionWorker:
         """`ffn` is back, and knows nothing of what it was asked."""
         for m in self.microbatches:
             if m.missing >> ffn.rank & 1:
-                self.resent += 1
+                self.sent_again += 1
                 self._send(m, ffn, now_s)
 
     def _answered(self, now_s: float, m: Microbatch) -> None:
@@ -145,8 +133,7 @@ class AttentionWorker:
 
     def _send(self, m: Microbatch, ffn: FfnWorker, now_s: float) -> None:
         if not ffn.away:
-            num_bytes = self._clock.dispatch_bytes(m.layer, m.tokens)
-            ffn.expect(m, self.door.send(ffn.door, num_bytes, now_s), num_bytes)
+            ffn.expect(m, self.door.send(ffn.door, m.dispatch_s[m.layer], now_s))
 
     def _advance(self, m: Microbatch, now_s: float) -> float | None:
         """Goes on with `m`; when that is over. None: there is nothing to do for it."""
@@ -158,11 +145,10 @@ class AttentionWorker:
         m.answers = ()
         if self._recorder.on:
             self._marks.mark(now_s, Activity.COMBINE, m.index, m.step, m.layer)
-        now_s += self._clock.message_s * len(self.ffns)
         m.layer += 1
         if m.layer < self._clock.layers:
             return self._half(m, now_s)
-        m.slices = self._clock.head_slices(m.batch.samples)
+        m.slices = self._slices
         return self._head(m, now_s)
 
     def _begin(self, m: Microbatch, now_s: float) -> float | None:
@@ -172,18 +158,19 @@ class AttentionWorker:
         m.batch = step = self.policy.schedule(self.microbatches)
         if step is None:
             return None
-        m.layers_s = self._clock.attention_s(step)
         m.tokens, m.layer = step.tokens, 0
-        return self._half(m, now_s + self._clock.begin_s(step))
+        m.attention_s = self._clock.attention_s(step)
+        m.dispatch_s, m.combine_s = self._clock.dispatch_s(m.tokens), self._clock.combine_s(m.tokens)
+        return self._half(m, now_s)
 
     def _half(self, m: Microbatch, now_s: float) -> float:
-        """One attention half, and writing its dispatches."""
+        """One attention half."""
         factor = self._disturbance.factor(m.index, m.step, m.layer)
-        done_s = now_s + m.layers_s[m.layer] * factor
+        done_s = now_s + m.attention_s[m.layer] * factor
         if self._recorder.on:
             self._marks.mark(now_s, Activity.ATTENTION, m.index, m.step, m.layer, m.tokens)
             self._marks.mark(done_s, Activity.DISPATCH, m.index, m.step, m.layer, m.tokens)
-        return done_s + self._clock.message_s * len(self.ffns)
+        return done_s
 
     def _head(self, m: Microbatch, now_s: float) -> float:
         """A slice of the LM head; after the last one the step's tokens are there, and the next step begins."""
@@ -192,7 +179,7 @@ class AttentionWorker:
         if self._recorder.on:
             self._marks.mark(now_s, Activity.HEAD, m.index, m.step, 0, step.samples)
         factor = self._disturbance.factor(m.index, m.step, self._clock.layers)
-        now_s += self._clock.head_s(step.samples) / self._clock.head_slices(step.samples) * factor
+        now_s += self._clock.ends_s(step.samples) / self._slices * factor
         m.slices -= 1
         m.paused = m.slices > 0
         if m.paused:
@@ -212,8 +199,8 @@ class AttentionWorker:
         self._arrivals = [a for a in self._arrivals if a[0] > now_s]
         if not self._recorder.on:
             return
-        for there_s, m, step, layer, tokens, num_bytes, ffn_rank in here:
+        for there_s, m, step, layer, ffn_rank in here:
             at_s = there_s if self._resting else now_s
-            self._marks.mark(at_s, Activity.COLLECT, m.index, step, layer, tokens, num_bytes, ffn_rank)
+            self._marks.mark(at_s, Activity.COLLECT, m.index, step, layer, peer=ffn_rank)
             if self._resting:
                 self._marks.mark(at_s, Activity.WAIT)

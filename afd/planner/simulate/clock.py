@@ -1,100 +1,40 @@
-"""How long a simulated worker takes. The simulator asks in counts, never token by token; what answers is a cost model,
-or a profile of a machine."""
+"""How long a simulated worker takes: stage times (afd.planner.stages), asked once for each load and remembered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from functools import lru_cache
 
 from afd.planner.simulate.policies import Step
+from afd.planner.stages import StageTimes
+
+# Loads that are remembered: all of a step's layers are asked at once, and workers that are alike ask the same.
+_REMEMBERED = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One worker's way to the others: bytes per second in each direction, and seconds until the first one is there."""
+class Clock:
+    """Seconds, undisturbed; a sequence has one for each layer."""
 
-    bytes_per_s: float
-    latency_s: float
+    def __init__(self, times: StageTimes) -> None:
+        layers = range(times.num_layers)
+        self.layers = times.num_layers
+        self.latency_s = times.latency_s
+        self.ends_s = times.ends_s
+        self.ffn_s = times.ffn_s
 
+        @lru_cache(_REMEMBERED)
+        def attention_s(tokens: int, context: int) -> Sequence[float]:
+            return [times.attention_s(layer, tokens, context) for layer in layers]
 
-class Clock(Protocol):
-    """Seconds and bytes of one worker, undisturbed. It is asked the same again and again, and must answer the same."""
+        @lru_cache(_REMEMBERED)
+        def dispatch_s(tokens: int) -> Sequence[float]:
+            return [times.dispatch_s(layer, tokens) for layer in layers]
 
-    @property
-    def layers(self) -> int: ...
+        @lru_cache(_REMEMBERED)
+        def combine_s(tokens: int) -> Sequence[float]:
+            return [times.combine_s(layer, tokens) for layer in layers]
 
-    @property
-    def attention_link(self) -> Link: ...
-
-    @property
-    def ffn_link(self) -> Link: ...
-
-    @property
-    def message_s(self) -> float:
-        """What a worker's thread spends on writing one message, and on taking one in."""
-
-    def attention_s(self, step: Step) -> Sequence[float]:
-        """The attention half of each layer."""
-
-    def ffn_s(self, layer: int, tokens: int, load: float) -> float:
-        """The FFN half of `layer` for `tokens` tokens on one FFN worker. `load`: routed tokens of its EP group over an
-        even share."""
-
-    def begin_s(self, step: Step) -> float:
-        """Before the first layer: picking the requests, embedding their tokens."""
-
-    def head_s(self, samples: int) -> float:
-        """After the last layer: norm, LM head and sampling."""
-
-    def head_slices(self, samples: int) -> int:
-        """In how many pieces the LM head is computed; more urgent microbatches may go between two."""
-
-    def dispatch_bytes(self, layer: int, tokens: int) -> int:
-        """To one FFN worker."""
-
-    def combine_bytes(self, tokens: int) -> int:
-        """From one FFN worker."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinearClock:
-    """Everything is a constant and a slope: the simplest machine there is. Seconds; `per_context` is per token of KV
-    that is read."""
-
-    layers: int
-    attention_link: Link
-    ffn_link: Link
-    attention_fixed_s: float
-    attention_per_token_s: float
-    attention_per_context_s: float
-    ffn_fixed_s: float
-    ffn_per_token_s: float
-    head_per_token_s: float = 0.0
-    step_s: float = 0.0
-    message_s: float = 0.0
-    slices: int = 1
-    dispatch_bytes_per_token: int = 0
-    combine_bytes_per_token: int = 0
+        self._attention_s, self.dispatch_s, self.combine_s = attention_s, dispatch_s, combine_s
 
     def attention_s(self, step: Step) -> Sequence[float]:
-        took_s = self.attention_fixed_s + self.attention_per_token_s * step.tokens
-        return [took_s + self.attention_per_context_s * step.context] * self.layers
-
-    def ffn_s(self, layer: int, tokens: int, load: float) -> float:
-        return self.ffn_fixed_s + self.ffn_per_token_s * tokens * load
-
-    def begin_s(self, step: Step) -> float:
-        return self.step_s
-
-    def head_s(self, samples: int) -> float:
-        return self.head_per_token_s * samples
-
-    def head_slices(self, samples: int) -> int:
-        return self.slices
-
-    def dispatch_bytes(self, layer: int, tokens: int) -> int:
-        return self.dispatch_bytes_per_token * tokens
-
-    def combine_bytes(self, tokens: int) -> int:
-        return self.combine_bytes_per_token * tokens
+        return self._attention_s(step.tokens, step.context)

@@ -2,61 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from afd.pipeline.timeline import Activity
-from afd.planner.simulate.agenda import Agenda
 from afd.planner.simulate.attention import AttentionWorker, Microbatch
-from afd.planner.simulate.clock import Clock
-from afd.planner.simulate.disturbance import Disturbance
-from afd.planner.simulate.policies import Policies
-from afd.planner.simulate.recorder import Recorder
 from afd.planner.simulate.scenario import Fault
 from afd.planner.simulate.wire import Door
+from afd.planner.simulate.world import World
+from afd.topology import FfnShard
 from afd.types import Role
 
-_Frame = tuple[Microbatch, int, int]  # a dispatch, the life of the worker that it was sent to, its bytes
-_Call = tuple[Sequence[Any], int]  # the batcher's items, and the life of the worker that computes them
+_Frame = tuple[Microbatch, int]  # a dispatch, and the life of the worker that it was sent to
+_Call = tuple[Sequence[Any], int, float]  # the batcher's items, the life of who computes them, since when
 
 
 class FfnWorker:
-    """`load(layer)`: its share of the routed tokens, over an even one."""
+    """Computes one shard, and keeps nothing: what it was asked for and has not answered can be asked again."""
 
-    def __init__(
-        self,
-        rank: int,
-        agenda: Agenda,
-        clock: Clock,
-        policies: Policies,
-        gather_window_s: float,
-        load: Callable[[int], float],
-        disturbance: Disturbance,
-        recorder: Recorder,
-    ) -> None:
-        self.rank = rank
-        self.door = Door(clock.ffn_link)
+    def __init__(self, shard: FfnShard, world: World) -> None:
+        self.rank = rank = shard.ffn_rank
+        self.door = Door(world.clock.latency_s)
         self.away = False
         self.busy_s = 0.0
         self.calls = 0
-        self._agenda = agenda
-        self._clock = clock
-        self._batcher = policies.batcher(clock.layers, gather_window_s)
-        self._item = policies.item
-        self._load = load
-        self._disturbance = disturbance
-        self._recorder = recorder
-        self._marks = recorder.worker(Role.FFN, rank)
+        layers, scenario = world.clock.layers, world.scenario
+        self._agenda = world.agenda
+        self._clock = world.clock
+        self._batcher = world.policies.batcher(layers, scenario.gather_window_s)
+        self._item = world.policies.item
+        self._loads = [scenario.load_of(shard, layer) for layer in range(layers)]
+        self._disturbance = world.disturbance(Role.FFN, rank)
+        self._recorder = world.recorder
+        self._marks = world.recorder.worker(Role.FFN, rank)
         self._life = 0  # what belongs to an earlier one is lost
         self._back_s = 0.0
         self._busy = False
-        self._inbox: list[tuple[Microbatch, int]] = []
+        self._inbox: list[Microbatch] = []
         self._alarm_s = -1.0
         self._took_s: dict[tuple[int, int], float] = {}  # by layer and tokens
 
-    def expect(self, m: Microbatch, there_s: float, num_bytes: int) -> None:
+    def expect(self, m: Microbatch, there_s: float) -> None:
         """A dispatch is on its way and will be there at `there_s`."""
-        self._agenda.at(there_s, self._arrived, (m, self._life, num_bytes))
+        self._agenda.at(there_s, self._arrived, (m, self._life))
 
     def fail(self, now_s: float, fault: Fault) -> None:
         """It is gone, with all that it had."""
@@ -75,21 +63,19 @@ class FfnWorker:
                 worker.send_again(self, now_s)
 
     def _arrived(self, now_s: float, frame: _Frame) -> None:
-        m, life, num_bytes = frame
+        m, life = frame
         if life != self._life:
             return
         if self._busy:
-            self._inbox.append((m, num_bytes))
+            self._inbox.append(m)
         else:
-            self._take(m, num_bytes, now_s)
+            self._take(m, now_s)
             self._serve(now_s)
 
-    def _take(self, m: Microbatch, num_bytes: int, now_s: float) -> None:
+    def _take(self, m: Microbatch, now_s: float) -> None:
         self._batcher.add(self._item(m.owner.rank, m.index, m.layer, now_s, m))
         if self._recorder.on:
-            self._marks.mark(
-                now_s, Activity.RECEIVE, m.index, m.step, m.layer, m.tokens, num_bytes, m.owner.rank
-            )  # fmt: skip
+            self._mark(Activity.RECEIVE, m, now_s)
 
     def _serve(self, now_s: float) -> None:
         """What the batcher gives, computed; or a look again when it will give something."""
@@ -119,17 +105,14 @@ class FfnWorker:
         key = first.layer, tokens
         took_s = self._took_s.get(key)
         if took_s is None:
-            took_s = self._took_s[key] = self._clock.ffn_s(first.layer, tokens, self._load(first.layer))
-        start_s = now_s + self._clock.message_s * len(items)
-        done_s = start_s + took_s * self._disturbance.factor(
-            first.index + first.owner.rank * 7, first.step, first.layer
-        )  # fmt: skip
+            took_s = self._took_s[key] = self._clock.ffn_s(first.layer, tokens, self._loads[first.layer])
+        factor = self._disturbance.factor(first.index + 64 * first.owner.rank, first.step, first.layer)
         self._busy, self._marks.resting = True, None
         if self._recorder.on:
-            self._marks.mark(start_s, Activity.FFN, layer=first.layer, tokens=tokens)
-        self._agenda.at(done_s + self._clock.message_s * len(items), self._done, (items, self._life, now_s))
+            self._marks.mark(now_s, Activity.FFN, layer=first.layer, tokens=tokens)
+        self._agenda.at(now_s + took_s * factor, self._done, (items, self._life, now_s))
 
-    def _done(self, now_s: float, call: tuple[Sequence[Any], int, float]) -> None:
+    def _done(self, now_s: float, call: _Call) -> None:
         items, life, began_s = call
         if life != self._life:
             return
@@ -139,16 +122,16 @@ class FfnWorker:
         for item in items:
             m: Microbatch = item.payload
             if self._recorder.on:
-                self._marks.mark(
-                    now_s, Activity.COMBINE, m.index, m.step, m.layer, m.tokens, 0, m.owner.rank
-                )  # fmt: skip
-            num_bytes = self._clock.combine_bytes(m.tokens)
-            m.owner.answer(m, self.rank, self.door.send(m.owner.door, num_bytes, now_s), num_bytes)
+                self._mark(Activity.COMBINE, m, now_s)
+            m.owner.answer(m, self.rank, self.door.send(m.owner.door, m.combine_s[m.layer], now_s))
         self._batcher.answered(items, now_s)
         inbox, self._inbox = self._inbox, []
-        for m, num_bytes in inbox:
-            self._take(m, num_bytes, now_s)
+        for m in inbox:
+            self._take(m, now_s)
         self._serve(now_s)
+
+    def _mark(self, activity: Activity, m: Microbatch, now_s: float) -> None:
+        self._marks.mark(now_s, activity, m.index, m.step, m.layer, m.tokens, peer=m.owner.rank)
 
     def _rest(self, now_s: float, activity: Activity) -> None:
         self._marks.resting = activity

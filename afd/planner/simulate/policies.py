@@ -35,8 +35,7 @@ class Step:
 
     batch: object  # the scheduler's own
     tokens: int
-    context: int  # tokens of KV that are read: each sequence's, once
-    seen: int  # tokens that each token sees, added up; equal to `context` where all are decodes
+    context: int  # tokens of KV that are read: each sequence's once, a prompt's chunk too
     samples: int  # tokens it gives
 
 
@@ -76,8 +75,8 @@ class AttentionPolicy(Protocol):
     def schedule(self, microbatches: Sequence[Travelling]) -> Step | None:
         """The next step of an idle one of `microbatches`; None: there is nothing for it."""
 
-    def complete(self, step: Step, now_s: float) -> list[tuple[int, bool]]:
-        """A step is over: which sequences got a token, and whether it was their last."""
+    def complete(self, step: Step, now_s: float) -> list[int]:
+        """A step is over: which sequences got a token."""
 
     @property
     def preemptions(self) -> int:

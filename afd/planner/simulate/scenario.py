@@ -16,8 +16,8 @@ MOST_SEQUENCES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """What clients want. `requests` for each attention worker; all are there at the beginning, with their prompts
+class Demand:
+    """What clients want. `requests` for each attention worker. All are there at the beginning, with their prompts
     computed, or, with a `rate` (per second, over all workers, Poisson), they come in turn and start with their prompt.
     Each has `context` tokens, give or take the share `spread`, and wants `tokens` more."""
 
@@ -46,8 +46,9 @@ class Scenario:
     topology: Topology
     shards: tuple[FfnShard, ...]
     limits: Limits
-    load: Load
+    demand: Demand
     gather_window_s: float
+    head_slices: int = 1  # pieces of the LM head, between which more urgent microbatches go
     jitter: float = 0.0
     skew: float = 1.0
     slow: Mapping[tuple[Role, int], float] = field(default_factory=dict)
@@ -69,10 +70,10 @@ class Scenario:
             raise ConfigError(f"skew is {self.skew:g}; with {ep} EP groups it lies between 1 and {ep}")
         if self.jitter < 0:
             raise ConfigError(f"jitter is {self.jitter:g}; it must be 0 or more")
-        if not 0 <= self.load.spread < 1:
-            raise ConfigError(f"context spread is {self.load.spread:g}; it lies between 0 and 1")
-        if self.load.rate is not None and self.load.rate <= 0:
-            raise ConfigError(f"rate is {self.load.rate:g} requests per second; it must be above 0")
+        if not 0 <= self.demand.spread < 1:
+            raise ConfigError(f"context spread is {self.demand.spread:g}; it lies between 0 and 1")
+        if self.demand.rate is not None and self.demand.rate <= 0:
+            raise ConfigError(f"rate is {self.demand.rate:g} requests per second; it must be above 0")
 
     def load_of(self, shard: FfnShard, layer: int) -> float:
         """Routed tokens of the shard's EP group in `layer`, over an even share."""
@@ -93,15 +94,15 @@ class Wanted:
 
 def wanted(scenario: Scenario) -> Iterator[Wanted]:
     """Every sequence, in the order in which they come. A function of the scenario alone."""
-    load, draw = scenario.load, random.Random(f"load {scenario.seed}")
+    demand, draw = scenario.demand, random.Random(f"load {scenario.seed}")
     workers = scenario.topology.attention
-    each = max(1, round(load.requests / scenario.limits.weight))
+    each = max(1, round(demand.requests / scenario.limits.weight))
     at_s = 0.0
     for number in range(each * workers):
-        context = max(2, round(load.context * (1 + load.spread * draw.uniform(-1, 1))))
-        if load.rate is not None:
-            at_s += draw.expovariate(load.rate / scenario.limits.weight)
-        yield Wanted(number % workers, context, load.tokens, None if load.rate is None else at_s)
+        context = max(2, round(demand.context * (1 + demand.spread * draw.uniform(-1, 1))))
+        if demand.rate is not None:
+            at_s += draw.expovariate(demand.rate / scenario.limits.weight)
+        yield Wanted(number % workers, context, demand.tokens, None if demand.rate is None else at_s)
 
 
 def weight(requests: int) -> int:
