@@ -17,8 +17,8 @@ _STATE_FLOPS = 10
 @dataclass(frozen=True)
 class AttentionSpec:
     """kind "gqa": q, k and v projections. "mfa": q through rank `q_rank`, one KV head (report section 4). "mla": q
-    through `q_rank`, keys and values as one row of `kv_rank` numbers and a rotary part of `rope_dim`; head_dim is then a
-    head's key without its rotary part, and v_dim its value."""
+    through `q_rank`, keys and values as one row of `kv_rank` numbers and a rotary part of `rope_dim`; head_dim is then
+    a head's key without its rotary part, and v_dim its value."""
 
     kind: Literal["gqa", "mfa", "mla"]
     heads: int

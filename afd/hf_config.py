@@ -108,8 +108,8 @@ class HfConfig:
         return tuple(good)
 
     def refuse(self, key: str, *harmless: object, because: str, costs: bool = False) -> None:
-        """Raises UnsupportedModel when `key` is there with a value that is not one of `harmless`. `costs`: it would change
-        what the model costs, too."""
+        """Raises UnsupportedModel when `key` is there with a value that is not one of `harmless`. `costs`: it would
+        change what the model costs, too."""
         value = self._data.get(key)
         if not self.serving and not costs:
             return

@@ -63,8 +63,8 @@ class ModelSpec:
         return self._caching_layers * self.attention.kv_numbers * dtype.itemsize
 
     def kv_bytes(self, context: float, dtype: DType, window_dtype: DType | None = None) -> float:
-        """Bytes that one decoded token reads of what is kept of `context` tokens, and of a linear layer's state, which it
-        writes too. `window_dtype`: of chunked layers, where it is another."""
+        """Bytes that one decoded token reads of what is kept of `context` tokens, and of a linear layer's state, which
+        it writes too. `window_dtype`: of chunked layers, where it is another."""
         return sum(self.layer_kv_bytes(layer, context, dtype, window_dtype) for layer in range(self.layers))
 
     def held_bytes(self, context: float, dtype: DType, window_dtype: DType | None = None) -> float:
@@ -91,9 +91,7 @@ class ModelSpec:
 
     # The same, of one layer: hybrid models' layers differ.
 
-    def layer_kv_bytes(
-        self, layer: int, context: float, dtype: DType, window_dtype: DType | None = None
-    ) -> float:
+    def layer_kv_bytes(self, layer: int, context: float, dtype: DType, window_dtype: DType | None = None) -> float:
         less = self._less(layer)
         if less is None:
             return self.attention.kv_numbers * context * dtype.itemsize

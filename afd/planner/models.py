@@ -20,8 +20,8 @@ from afd.types import DType
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Of weights and products, of the KV cache, and of chunked layers' cache where it is another; a linear layer's state
-    is fp32. The report takes 8 bits for everything but the KV cache of hybrids' full layers."""
+    """Of weights and products, of the KV cache, and of chunked layers' cache where it is another; a linear layer's
+    state is fp32. The report takes 8 bits for everything but the KV cache of hybrids' full layers."""
 
     weights: DType = DType.FP8
     kv: DType = DType.FP8
@@ -42,8 +42,8 @@ class Planned:
 
     @property
     def sparsity(self) -> float:
-        """Active over all experts, shared ones counted with the active (section 5.3: 8 of 256 and one shared are 9/256);
-        1 for a dense model."""
+        """Active over all experts, shared ones counted with the active (section 5.3: 8 of 256 and one shared are
+        9/256); 1 for a dense model."""
         moe = self.spec.moe
         return 1.0 if moe is None else (moe.top_k + moe.shared_intermediate / moe.intermediate) / moe.experts
 
@@ -147,6 +147,6 @@ def find(name_or_path: str) -> Planned:
             raise ModelError(f"{file} holds a {type(config).__name__}, not an object")
         return Planned(name_or_path, describe(config))
     raise ModelError(
-        f"unknown model {name_or_path!r}; known to the planner are {', '.join(MODELS)}, and a config.json or its folder "
-        "can be given by its path"
+        f"unknown model {name_or_path!r}; known to the planner are {', '.join(MODELS)}, and a config.json or its "
+        "folder can be given by its path"
     )
