@@ -32,7 +32,8 @@ def _print(found: DecodeCost) -> None:
     spec, console = found.model.spec, Console(highlight=False)
     console.print(
         f"{found.model.name} at {found.context} tokens of context, per decoded token: "
-        f"{found.model.kv_bytes(found.context):.3g} bytes of KV, {spec.attention_flops_per_token(found.context):.3g} FLOPs of attention, "
+        f"{found.model.kv_bytes(found.context):.3g} bytes of KV, "
+        f"{spec.attention_flops_per_token(found.context):.3g} FLOPs of attention, "
         f"{spec.linear_flops_per_token:.3g} of its projections, {spec.ffn_flops_per_token:.3g} of FFN"
     )
     table = Table(

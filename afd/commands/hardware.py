@@ -64,6 +64,7 @@ def measure(output: Path, usd_per_hour: float, name: str | None) -> None:
     write_card(machine, output)
     print(
         f"{machine.name}: reads {machine.memory_bandwidth / 1e9:.1f} GB/s, copies "
-        f"{machine.net_bandwidth / 1e9:.1f} GB/s, computes {found['bf16_flops'] / 1e9:.0f} GFLOP/s in bf16 and {found['fp32_flops'] / 1e9:.0f} in fp32; "
+        f"{machine.net_bandwidth / 1e9:.1f} GB/s, computes "
+        f"{found['bf16_flops'] / 1e9:.0f} GFLOP/s in bf16 and {found['fp32_flops'] / 1e9:.0f} in fp32; "
         f"written to {output} (use it as --hardware {output})"
     )

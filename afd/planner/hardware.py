@@ -58,6 +58,8 @@ _TABLE_4 = "Step-3 report, table 4 and section 5.4"
 _LIST = "data sheet; price: CoreWeave's on-demand list, February 2026, per card of a whole node"
 _G400, _G200 = 400 * _GBIT, 200 * _GBIT
 _BY_L40S = "price: from L40S's, by FLOPs"
+_MI300X = "AMD MI300X data sheet; price: H100's, whose rates are nearest"
+_910C = "public figures of CloudMatrix384; price: from 910B's, by FLOPs"
 
 CARDS = {
     card.name: card
@@ -71,11 +73,11 @@ CARDS = {
         Card("B200", 68.80 / 8, 2250e12, 4500e12, 8.0e12, 180e9, _G400, 8, f"NVIDIA HGX B200 {_LIST}"),
         Card("GB200", 42.00 / 4, 2500e12, 5000e12, 8.0e12, 186e9, _G400, 4, f"NVIDIA GB200 NVL72 {_LIST}"),
         Card("A100", 21.60 / 8, 312e12, None, 2.04e12, 80e9, _G200, 8, f"NVIDIA A100 80GB SXM {_LIST}"),
-        Card("MI300X", 49.24 / 8, 1307e12, 2615e12, 5.3e12, 192e9, _G400, 8, "AMD data sheet; price: H100's, whose rates are nearest"),
+        Card("MI300X", 49.24 / 8, 1307e12, 2615e12, 5.3e12, 192e9, _G400, 8, _MI300X),
         Card("L40S", 18.00 / 8, 362e12, 733e12, 0.864e12, 48e9, _G200, 8, f"NVIDIA L40S {_LIST}"),
-        Card("L20", 0.74, 119.5e12, 239e12, 0.864e12, 48e9, 100 * _GBIT, 8, f"NVIDIA data sheet, report section 6; {_BY_L40S}"),
+        Card("L20", 0.74, 119.5e12, 239e12, 0.864e12, 48e9, 100 * _GBIT, 8, f"NVIDIA data sheet; {_BY_L40S}"),
         Card("L4", 0.75, 121e12, 242e12, 0.300e12, 24e9, 50 * _GBIT, 8, f"NVIDIA data sheet; {_BY_L40S}"),
-        Card("910C", 1.87, 780e12, None, 3.2e12, 128e9, _G400, 8, "CloudMatrix384, public; price: from 910B's, by FLOPs"),
+        Card("910C", 1.87, 780e12, None, 3.2e12, 128e9, _G400, 8, _910C),
     )
 }  # fmt: skip
 REPORT = ("H800", "H20", "A800", "910B")  # the cards of the report's tables
