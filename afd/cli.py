@@ -1,5 +1,5 @@
 """The command line: `afd serve`, `chat`, `status`, `top`, `trace`, `bench`, `cost`,
-`hardware` and `model`.
+`plan`, `hardware` and `model`.
 
 Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
 """
@@ -220,6 +220,27 @@ def cost(
     from afd.commands import cost as command
 
     command.cost(model, context, hardware, dtype, json)
+
+
+@app.command()
+def plan(
+    model: PlannedModel,
+    hardware: Annotated[str, typer.Option(help="A:CARD,F:CARD, or one card for both (afd hardware list).")],
+    context: Annotated[int, typer.Option(help="Tokens that a decoded one sees.")] = 8192,
+    tpot: Annotated[str, typer.Option(help="The longest time per output token, like 50ms.")] = "50ms",
+    batch: Annotated[int | None, typer.Option(help="Requests at a time; unless said, as many as pay.")] = None,
+    dtype: Precision = None,
+    cards_per_worker: Annotated[int, typer.Option(help="Cards of one server that act as one worker.")] = 8,
+    max_workers: Annotated[int, typer.Option(help="Of each role, at most.")] = 32,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the deployment file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the front as SVG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Finds what to deploy: workers, sharding, microbatches and batch; what binds it; and whether AFD pays."""
+    from afd.commands import plan as command
+
+    options = command.Options(model, hardware, context, tpot, batch, dtype, cards_per_worker, max_workers)
+    command.plan(options, output, plot, json)
 
 
 @hardware_app.command("list")

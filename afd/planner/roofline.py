@@ -27,12 +27,15 @@ class Efficiency:
     """Shares of the cards' peaks. `attention` and `ffn`: of memory bandwidth; 1 and a half are what report section 6
     counts with. `network`: 40 of 50 GB/s are reached (section 5.4). `pace` slows both halves alike: the one number that
     is fitted to a measurement. Its default comes from one row of table 8 (2A2F), and forecasts the other three within
-    6 %; tests/unit/planner/test_roofline.py has the figures. `latency_s` of a message is an assumption."""
+    6 %; tests/unit/planner/test_roofline.py has the figures. `colocated_pace`
+    is the same for both halves on the same cards, from the same table's profile of DeepSeek-V3 (EP over 128 cards, 2324
+    tokens/s a card at 50 ms): what the report compares itself with. `latency_s` of a message is an assumption."""
 
     attention: float = 1.0
     ffn: float = 0.5
     network: float = 0.8
     pace: float = 0.750
+    colocated_pace: float = 0.393
     latency_s: float = 10e-6
 
 
