@@ -1,4 +1,5 @@
-"""The command line: `afd serve`, `chat`, `status`, `top`, `trace`, `bench` and `model`.
+"""The command line: `afd serve`, `chat`, `status`, `top`, `trace`, `bench`, `cost`,
+`plan`, `hardware` and `model`.
 
 Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
 """
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Prepares and describes models.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+hardware_app = typer.Typer(help="Cards that the planner knows, and this machine.", no_args_is_help=True)
+app.add_typer(hardware_app, name="hardware")
 
 USER_ERROR = 2  # the exit code that typer gives a wrong flag, too
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -196,6 +199,68 @@ def bench(
         timeout=timeout,
     )
     command.bench(options, output, json)
+
+
+Hardware = Annotated[str, typer.Option(help="Cards (afd hardware list), or a measured machine's file; or all.")]
+PlannedModel = Annotated[str, typer.Option(help="Like step3 or deepseek-v3; or a config.json, its folder, a .gguf.")]
+Precision = Annotated[
+    Text, typer.Option(help="fp8, bf16, fp32 or fp8-bf16kv; unless said, fp8 but for hybrids' full layers.")
+]
+
+
+@app.command()
+def cost(
+    model: PlannedModel,
+    context: Annotated[int, typer.Option(help="Tokens that a decoded one sees.")] = 8192,
+    hardware: Hardware = "H800,H20,A800,910B",
+    dtype: Precision = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Costs a decoded token in theory: each half on each card at its peak, and the cheapest pair."""
+    from afd.commands import cost as command
+
+    command.cost(model, context, hardware, dtype, json)
+
+
+@app.command()
+def plan(
+    model: PlannedModel,
+    hardware: Annotated[str, typer.Option(help="A:CARD,F:CARD, or one card for both (afd hardware list).")],
+    context: Annotated[int, typer.Option(help="Tokens that a decoded one sees.")] = 8192,
+    tpot: Annotated[str, typer.Option(help="The longest time per output token, like 50ms.")] = "50ms",
+    batch: Annotated[int | None, typer.Option(help="Requests at a time; unless said, as many as pay.")] = None,
+    dtype: Precision = None,
+    cards_per_worker: Annotated[int, typer.Option(help="Cards of one server that act as one worker.")] = 8,
+    max_workers: Annotated[int, typer.Option(help="Of each role, at most.")] = 32,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the deployment file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the front as SVG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Finds what to deploy: workers, sharding, microbatches and batch; what binds it; and whether AFD pays."""
+    from afd.commands import plan as command
+
+    options = command.Options(model, hardware, context, tpot, batch, dtype, cards_per_worker, max_workers)
+    command.plan(options, output, plot, json)
+
+
+@hardware_app.command("list")
+def hardware_list() -> None:
+    """Lists the cards with their figures and where these are from."""
+    from afd.commands import hardware as command
+
+    command.list_known()
+
+
+@hardware_app.command("measure")
+def hardware_measure(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("hardware.json"),
+    usd_per_hour: Annotated[float, typer.Option(help="What an hour of this machine costs.")] = 1.0,
+    name: Annotated[Text, typer.Option(help="Unless said, the host's.")] = None,
+) -> None:
+    """Measures this machine's memory and products, as a card for `--hardware`."""
+    from afd.commands import hardware as command
+
+    command.measure(output, usd_per_hour, name)
 
 
 @model_app.command("prepare")

@@ -34,8 +34,8 @@ class StageTimes(Protocol):
         """Embedding, final norm, LM head and sampling: once a step and microbatch, on its attention worker."""
 
     def ffn_s(self, layer: int, tokens: float, skew: float = 1.0) -> float:
-        """The FFN half of `layer` on one FFN worker's shard: `tokens` joined from however many dispatches. `skew` is the
-        load on this worker's experts over an even share of the whole (1: even)."""
+        """The FFN half of `layer` on one FFN worker's shard: `tokens` joined from however many dispatches. `skew` is
+        the load on this worker's experts over an even share of the whole (1: even)."""
 
     def dispatch_s(self, layer: int, tokens: float) -> float:
         """One attention worker's `tokens` of one microbatch to ONE FFN worker: how long they keep the sender's outlet
