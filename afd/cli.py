@@ -243,6 +243,61 @@ def plan(
     command.plan(options, output, plot, json)
 
 
+@app.command()
+def simulate(
+    deployment: Annotated[Path | None, typer.Option(help="A deployment file, as of afd plan -o.")] = None,
+    model: Annotated[Text, typer.Option(help="As for afd plan; unless said, the deployment's.")] = None,
+    hardware: Annotated[str, typer.Option(help="A:CARD,F:CARD, or one card for both (afd hardware list).")] = "H800",
+    topology: Annotated[Text, typer.Option(help="Attention and FFN workers, like 2A2F.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of each request at the beginning.")] = 8192,
+    batch: Annotated[
+        int | None, typer.Option(help="Requests on all workers; unless said, max_running of each.")
+    ] = None,
+    microbatches: Annotated[Text, typer.Option(help="In flight per attention worker; auto: by trying.")] = None,
+    ffn_sharding: Annotated[Text, typer.Option(help="ep, tp or hybrid.")] = None,
+    dtype: Precision = None,
+    cards_per_worker: Annotated[int | None, typer.Option(help="Unless said, the deployment's num_gpus.")] = None,
+    steps: Annotated[int, typer.Option(help="Tokens that each request wants.")] = 100,
+    context_spread: Annotated[float, typer.Option(help="Contexts differ by up to this share, both ways.")] = 0.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second that arrive with their prompt to be computed.")
+    ] = None,
+    jitter: Annotated[float, typer.Option(help="How much longer things take on average: 0.1 is a tenth.")] = 0.0,
+    skew: Annotated[float | None, typer.Option(help="The busiest EP group's load over an even share.")] = None,
+    straggler: Annotated[list[str] | None, typer.Option(help="Like attention:3x2, a worker twice as slow.")] = None,
+    fault: Annotated[list[str] | None, typer.Option(help="Like ffn:1@0.5+0.2, away at 0.5 s for 0.2 s.")] = None,
+    seed: Annotated[int, typer.Option(help="Of jitter, contexts and arrivals.")] = 0,
+    trace_from: Annotated[float | None, typer.Option(help="Simulated second at which the timeline begins.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a trace for ui.perfetto.dev.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Plays a deployment out in simulated time, with the workers' own policies and the planner's stage times."""
+    from afd.commands import simulate as command
+
+    options = command.Options(
+        deployment=deployment,
+        model=model,
+        hardware=hardware,
+        topology=topology,
+        context=context,
+        batch=batch,
+        microbatches=microbatches,
+        ffn_sharding=ffn_sharding,
+        dtype=dtype,
+        cards_per_worker=cards_per_worker,
+        steps=steps,
+        spread=context_spread,
+        rate=rate,
+        jitter=jitter,
+        skew=skew,
+        straggler=straggler or (),
+        fault=fault or (),
+        seed=seed,
+        trace_from=trace_from,
+    )
+    command.simulate(options, output, json)
+
+
 @hardware_app.command("list")
 def hardware_list() -> None:
     """Lists the cards with their figures and where these are from."""

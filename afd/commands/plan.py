@@ -73,7 +73,7 @@ def _ask(options: Options) -> Ask:
     match = _TPOT.fullmatch(options.tpot.strip())
     if match is None or not float(match[1]) > 0:
         raise ConfigError(f"--tpot is {options.tpot!r}; it is a time above 0, like 50ms")
-    attention, ffn = _cards(options.hardware)
+    attention, ffn = cards(options.hardware)
     return Ask(
         model,
         attention,
@@ -86,7 +86,7 @@ def _ask(options: Options) -> Ask:
     )
 
 
-def _cards(text: str) -> tuple[Card, Card]:
+def cards(text: str) -> tuple[Card, Card]:
     """`A:H20,F:H800`, or one card for both."""
     parts = [part.strip() for part in text.split(",")]
     if len(parts) == 1 and ":" not in text:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from afd.planner.simulate.ledger import Ledger
+
+
 @dataclass(frozen=True, slots=True)
 class Spread:
     """Mean and percentiles, in seconds."""
