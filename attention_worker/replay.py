@@ -82,10 +82,11 @@ class Replay:
         scheduler = self._scheduler
         fits = scheduler.blocks.grow(sequence.block_table, len(sequence.token_ids))
         if not fits or len(scheduler.running) == scheduler.max_running:
+            holds = scheduler.blocks.num_blocks * scheduler.blocks.block_size * self._weight
             raise ConfigError(
                 f"{(len(scheduler.running) + 1) * self._weight} requests of {context} tokens do not fit an attention "
-                f"worker: its KV cache holds {scheduler.blocks.num_blocks * scheduler.blocks.block_size * self._weight} "
-                f"tokens, and it runs at most {scheduler.max_running * self._weight} (attention.max_running)"
+                f"worker: its KV cache holds {holds} tokens, and "
+                f"it runs at most {scheduler.max_running * self._weight} (attention.max_running)"
             )
         scheduler.waiting.remove(sequence)
         scheduler.running.append(sequence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any
@@ -31,8 +32,13 @@ class Agenda:
 
     def run(self) -> None:
         """Until nothing is left to happen."""
-        entries = self._entries
-        while entries:
-            now_s, _, action, what = heappop(entries)
-            self.now_s = now_s
-            action(now_s, what)
+        entries, collects = self._entries, gc.isenabled()
+        gc.disable()  # what is cyclic here lives to the end anyway
+        try:
+            while entries:
+                now_s, _, action, what = heappop(entries)
+                self.now_s = now_s
+                action(now_s, what)
+        finally:
+            if collects:
+                gc.enable()

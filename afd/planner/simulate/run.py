@@ -18,9 +18,9 @@ from afd.planner.stages import StageTimes
 
 
 class Simulation:
-    """What `scenario` asks, with `times` as its clock; runs once. `record_from_s`: where its timelines begin; None: when
-    half of all tokens are there. They have `most_marks` marks at most. Raises ConfigError when the requests do not
-    fit."""
+    """What `scenario` asks, with `times` as its clock; runs once. `record_from_s`: where its timelines begin;
+    None: when half of all tokens are there. They have `most_marks` marks at most. Raises ConfigError when the requests
+    do not fit."""
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ POLICIES = Policies(Replay, Batcher, Item)
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds: fixed, and for each token (and token of context). `bandwidth`: how many tokens a wire passes a second."""
+    """Seconds: fixed, and for each token (and token of context). `bandwidth`: tokens that a wire passes a second."""
 
     num_layers: int = 4
     attention: float = 100e-6
