@@ -1,5 +1,5 @@
 """The command line: `afd serve`, `chat`, `status`, `top`, `trace`, `bench`, `cost`,
-`plan`, `hardware` and `model`.
+`plan`, `simulate`, `hardware` and `model`.
 
 Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
 """
