@@ -1,4 +1,5 @@
-"""The command line: `afd serve`, `router`, `chat`, `status`, `top`, `trace`, `bench` and `model`.
+"""The command line: `afd serve`, `router`, `chat`, `status`, `top`, `trace`, `bench`, `cost`, `plan`, `simulate`,
+`hardware` and `model`.
 
 Commands import what they need when they run: the line must answer at once, and torch alone takes two seconds.
 """
@@ -22,6 +23,8 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Prepares and describes models.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+hardware_app = typer.Typer(help="Cards that the planner knows, and this machine.", no_args_is_help=True)
+app.add_typer(hardware_app, name="hardware")
 
 USER_ERROR = 2  # the exit code that typer gives a wrong flag, too
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -211,6 +214,123 @@ def bench(
         timeout=timeout,
     )
     command.bench(options, output, json)
+
+
+Hardware = Annotated[str, typer.Option(help="Cards (afd hardware list), or a measured machine's file; or all.")]
+PlannedModel = Annotated[str, typer.Option(help="Like step3 or deepseek-v3; or a config.json, its folder, a .gguf.")]
+Precision = Annotated[
+    Text, typer.Option(help="fp8, bf16, fp32 or fp8-bf16kv; unless said, fp8 but for hybrids' full layers.")
+]
+
+
+@app.command()
+def cost(
+    model: PlannedModel,
+    context: Annotated[int, typer.Option(help="Tokens that a decoded one sees.")] = 8192,
+    hardware: Hardware = "H800,H20,A800,910B",
+    dtype: Precision = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Costs a decoded token in theory: each half on each card at its peak, and the cheapest pair."""
+    from afd.commands import cost as command
+
+    command.cost(model, context, hardware, dtype, json)
+
+
+@app.command()
+def plan(
+    model: PlannedModel,
+    hardware: Annotated[str, typer.Option(help="A:CARD,F:CARD, or one card for both (afd hardware list).")],
+    context: Annotated[int, typer.Option(help="Tokens that a decoded one sees.")] = 8192,
+    tpot: Annotated[str, typer.Option(help="The longest time per output token, like 50ms.")] = "50ms",
+    batch: Annotated[int | None, typer.Option(help="Requests at a time; unless said, as many as pay.")] = None,
+    dtype: Precision = None,
+    cards_per_worker: Annotated[int, typer.Option(help="Cards of one server that act as one worker.")] = 8,
+    max_workers: Annotated[int, typer.Option(help="Of each role, at most.")] = 32,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the deployment file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the front as SVG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Finds what to deploy: workers, sharding, microbatches and batch; what binds it; and whether AFD pays."""
+    from afd.commands import plan as command
+
+    options = command.Options(model, hardware, context, tpot, batch, dtype, cards_per_worker, max_workers)
+    command.plan(options, output, plot, json)
+
+
+@app.command()
+def simulate(
+    deployment: Annotated[Path | None, typer.Option(help="A deployment file, as of afd plan -o.")] = None,
+    model: Annotated[Text, typer.Option(help="As for afd plan; unless said, the deployment's.")] = None,
+    hardware: Annotated[str, typer.Option(help="A:CARD,F:CARD, or one card for both (afd hardware list).")] = "H800",
+    topology: Annotated[Text, typer.Option(help="Attention and FFN workers, like 2A2F.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of each request at the beginning.")] = 8192,
+    batch: Annotated[
+        int | None, typer.Option(help="Requests on all workers; unless said, max_running of each.")
+    ] = None,
+    microbatches: Annotated[Text, typer.Option(help="In flight per attention worker; auto: by trying.")] = None,
+    ffn_sharding: Annotated[Text, typer.Option(help="ep, tp or hybrid.")] = None,
+    dtype: Precision = None,
+    cards_per_worker: Annotated[int | None, typer.Option(help="Unless said, the deployment's num_gpus.")] = None,
+    steps: Annotated[int, typer.Option(help="Tokens that each request wants.")] = 100,
+    context_spread: Annotated[float, typer.Option(help="Contexts differ by up to this share, both ways.")] = 0.0,
+    rate: Annotated[
+        float | None, typer.Option(help="Requests per second that arrive with their prompt to be computed.")
+    ] = None,
+    jitter: Annotated[float, typer.Option(help="How much longer things take on average: 0.1 is a tenth.")] = 0.0,
+    skew: Annotated[float | None, typer.Option(help="The busiest EP group's load over an even share.")] = None,
+    straggler: Annotated[list[str] | None, typer.Option(help="Like attention:3x2, a worker twice as slow.")] = None,
+    fault: Annotated[list[str] | None, typer.Option(help="Like ffn:1@0.5+0.2, away at 0.5 s for 0.2 s.")] = None,
+    seed: Annotated[int, typer.Option(help="Of jitter, contexts and arrivals.")] = 0,
+    trace_from: Annotated[float | None, typer.Option(help="Simulated second at which the timeline begins.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write a trace for ui.perfetto.dev.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Plays a deployment out in simulated time, with the workers' own policies and the planner's stage times."""
+    from afd.commands import simulate as command
+
+    options = command.Options(
+        deployment=deployment,
+        model=model,
+        hardware=hardware,
+        topology=topology,
+        context=context,
+        batch=batch,
+        microbatches=microbatches,
+        ffn_sharding=ffn_sharding,
+        dtype=dtype,
+        cards_per_worker=cards_per_worker,
+        steps=steps,
+        spread=context_spread,
+        rate=rate,
+        jitter=jitter,
+        skew=skew,
+        straggler=straggler or (),
+        fault=fault or (),
+        seed=seed,
+        trace_from=trace_from,
+    )
+    command.simulate(options, output, json)
+
+
+@hardware_app.command("list")
+def hardware_list() -> None:
+    """Lists the cards with their figures and where these are from."""
+    from afd.commands import hardware as command
+
+    command.list_known()
+
+
+@hardware_app.command("measure")
+def hardware_measure(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("hardware.json"),
+    usd_per_hour: Annotated[float, typer.Option(help="What an hour of this machine costs.")] = 1.0,
+    name: Annotated[Text, typer.Option(help="Unless said, the host's.")] = None,
+) -> None:
+    """Measures this machine's memory and products, as a card for `--hardware`."""
+    from afd.commands import hardware as command
+
+    command.measure(output, usd_per_hour, name)
 
 
 @model_app.command("prepare")

@@ -12,11 +12,15 @@ from afd.errors import UnsupportedModel
 
 
 class HfConfig:
-    """One JSON object of a config.json; `where` names it in errors, for example "config.json text_config"."""
+    """One JSON object of a config.json; `where` names it in errors, for example "config.json text_config".
 
-    def __init__(self, data: Mapping[str, object], where: str = "config.json") -> None:
+    `serving` False: it is only read for what the model costs, and what changes results but not costs is not refused.
+    """
+
+    def __init__(self, data: Mapping[str, object], where: str = "config.json", *, serving: bool = True) -> None:
         self._data = data
         self.where = where
+        self.serving = serving
 
     def has(self, key: str) -> bool:
         """Whether `key` is there and not null."""
@@ -31,7 +35,7 @@ class HfConfig:
         value = self._data.get(key)
         if value is not None and not isinstance(value, Mapping):
             raise self._wrong(key, "an object")
-        return HfConfig(value, f"{self.where} {key}") if value else None
+        return HfConfig(value, f"{self.where} {key}", serving=self.serving) if value else None
 
     def nested(self, key: str, inherit: tuple[str, ...]) -> HfConfig:
         """The object under `key`, which must be there; it takes the keys of `inherit` from here where it has none."""
@@ -39,7 +43,7 @@ class HfConfig:
         if inner is None:
             raise self._missing(key)
         inherited = {k: self._data[k] for k in inherit if self.has(k) and not inner.has(k)}
-        return HfConfig({**inner._data, **inherited}, inner.where)
+        return HfConfig({**inner._data, **inherited}, inner.where, serving=self.serving)
 
     def integer(self, key: str, default: int | None = None, *, minimum: int = 1) -> int:
         """A whole number of at least `minimum`; without a default the key is required."""
@@ -103,9 +107,12 @@ class HfConfig:
             raise self._wrong(key, "whole numbers of at least 0")
         return tuple(good)
 
-    def refuse(self, key: str, *harmless: object, because: str) -> None:
-        """Raises UnsupportedModel when `key` is there with a value that is not one of `harmless`."""
+    def refuse(self, key: str, *harmless: object, because: str, costs: bool = False) -> None:
+        """Raises UnsupportedModel when `key` is there with a value that is not one of `harmless`. `costs`: it would
+        change what the model costs, too."""
         value = self._data.get(key)
+        if not self.serving and not costs:
+            return
         if value is not None and value not in harmless:
             raise UnsupportedModel(f"{self.where} has {key} = {_short(value)}, which cannot be served: {because}")
 

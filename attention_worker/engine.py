@@ -27,6 +27,7 @@ from afd.transport.attention_port import AttentionPort
 from afd.transport.base import Link
 from afd.transport.frame import Frame, FrameKind
 from afd.types import FfnAddress, GenerateRequest, Role, SampledToken, WorkerState
+from attention_worker.choice import choose, has_room
 from attention_worker.grammar import Grammars
 from attention_worker.kv_cache import KvCache
 from attention_worker.microbatch import Dispatch, Microbatch
@@ -43,9 +44,6 @@ IDLE_S = 1.0
 
 # Longest wait for a step of attention to end, after which a new link is taken.
 ADOPT_S = 5.0
-
-# Unanswered dispatches that keep the FFN side busy for a while: one is computed, one waits.
-ENOUGH = 2
 
 
 class Engine:
@@ -152,22 +150,13 @@ class Engine:
     # ---- the loop's verbs -----------------------------------------------------------------------------------
 
     def _choose(self) -> Microbatch | None:
-        """An idle microbatch, if there is work for it (so that the pipeline fills first); else the one whose answers
-        are here, the oldest first; or a paused one, where none is or the FFN side has enough to do for a while; None:
-        there is nothing to do but wait."""
-        idle = next((m for m in self.microbatches if m.batch is None), None)
-        if idle and not self._starved and self._has_room() and self.scheduler.has_work():
-            return idle
-        sent = [m for m in self.microbatches if m.dispatch]
-        answered = [m for m in sent if len(m.answers) == len(self.port.ffn_ranks)]
-        paused = next((m for m in self.microbatches if m.paused), None)
-        if paused and (not answered or len(sent) - len(answered) >= ENOUGH):
-            return paused
-        return min(answered, key=lambda m: m.sent_at, default=None)
+        return choose(self.microbatches, len(self.port.ffn_ranks), self._may_begin)
+
+    def _may_begin(self) -> bool:
+        return not self._starved and self._has_room() and self.scheduler.has_work()
 
     def _has_room(self) -> bool:
-        """Whether fewer microbatches are under way than there should be."""
-        return sum(m.batch is not None for m in self.microbatches) < self.scheduler.microbatches
+        return has_room(self.microbatches, self.scheduler.microbatches)
 
     def _advance(self, microbatch: Microbatch) -> None:
         """Resumes a microbatch, and sends what it yields."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from attention_worker.block_manager import BlockManager
@@ -47,7 +47,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What one microbatch computes in one step, begun at `began_s` (monotonic)."""
+    """What one microbatch computes in one step, begun at `began_s` on the scheduler's clock."""
 
     chunks: tuple[Chunk, ...]
     began_s: float = field(default_factory=time.monotonic)
@@ -76,6 +76,7 @@ class Scheduler:
     block is being computed by another (attention_worker.prefix_cache) lets others go first until it can share it.
 
     `microbatches` may be changed at any time. `target_s` is what a decode step may take when prompts ride along.
+    `clock` gives the time in seconds: the machine's, or a simulation's.
     """
 
     def __init__(
@@ -87,7 +88,9 @@ class Scheduler:
         max_running: int,
         target_s: float | None = None,
         prefix_cache: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self.blocks = blocks
         self.prefixes = PrefixCache(blocks, enabled=prefix_cache)
         self.microbatches = microbatches
@@ -126,7 +129,7 @@ class Scheduler:
         while len(chunks) < share and left > 0 and (admissible := self._admissible()):
             self._admit(*admissible)
             left -= self._take(admissible[0], left, chunks)
-        return Batch(tuple(chunks)) if chunks else None
+        return Batch(tuple(chunks), self._clock()) if chunks else None
 
     def complete(self, batch: Batch, now_s: float) -> None:
         """The KV of every chunk is computed; its sequences may be scheduled again."""
@@ -196,7 +199,7 @@ class Scheduler:
         grown = self.blocks.grow(sequence.block_table, len(sequence.token_ids))
         assert grown, "an admissible sequence found no blocks"
         if sequence.scheduled_s is None:
-            sequence.scheduled_s = time.monotonic()
+            sequence.scheduled_s = self._clock()
         insort(self.running, sequence, key=_urgency)
         self._next_is_known = False
 

@@ -37,8 +37,8 @@ def resources_of(deployment: Deployment, role: Role) -> Resources:
 
 
 def demand(deployment: Deployment) -> dict[str, float]:
-    """What all workers and standbys together reserve, by Ray's resource names ("CPU", "GPU", custom ones), and of each card they
-    ask for by type the least bit that Ray reserves."""
+    """What all workers and standbys together reserve, by Ray's resource names ("CPU", "GPU", custom ones), and of each
+    card they ask for by type the least bit that Ray reserves."""
     total: dict[str, float] = {}
     for role in [seat.role for seat in wanted(deployment)] + [Role.FFN] * deployment.cluster.standby_ffn:
         resources = resources_of(deployment, role)

@@ -40,7 +40,7 @@ def summary(url: str, seconds: float, as_json: bool) -> None:
     with client(url) as session:
         found = fetch(session, f"/debug/timeline?seconds={seconds:g}&format=summary")
     try:
-        workers, waits, figures = _workers(found), _bubbles(found), _figures(found)
+        workers, waits, figures = _workers(found), bubbles(found), _figures(found)
         window_s, missing = float(found["window_s"]), found["missing"]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise foreign(url) from error
@@ -74,7 +74,8 @@ def _workers(found: dict[str, Any]) -> Table:
     return table
 
 
-def _bubbles(found: dict[str, Any]) -> Table:
+def bubbles(found: dict[str, Any]) -> Table:
+    """Of a summary as JSON."""
     table = Table(title="bubbles: what each side waited for, as a share of its time")
     table.add_column("side", no_wrap=True)
     table.add_column("waits", justify="right")

@@ -13,7 +13,7 @@ import struct
 import time
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import starmap
@@ -82,6 +82,11 @@ class Experts(NamedTuple):
     at_ns: int
     calls: int
     tokens: int
+
+
+def pack(events: Iterable[Event]) -> bytes:
+    """As a Recording has them; `events` oldest first."""
+    return b"".join(starmap(_EVENT.pack, events))
 
 
 @dataclass(frozen=True, slots=True)

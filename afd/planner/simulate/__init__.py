@@ -1,0 +1,1 @@
+"""A deployment that never runs: discrete events on one simulated clock, with the workers' own policies deciding."""
