@@ -56,7 +56,8 @@ class Split:
     context: int
 
     def __str__(self) -> str:
-        return f"{self.attention}A{self.ffn}F, {self.sharding}, {self.microbatches} microbatch{'es' if self.microbatches > 1 else ''}"
+        in_flight = "1 microbatch" if self.microbatches == 1 else f"{self.microbatches} microbatches"
+        return f"{self.attention}A{self.ffn}F, {self.sharding}, {in_flight}"
 
     @property
     def step(self) -> int:
@@ -94,8 +95,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Colocated:
-    """`workers` of one card, each with the attention of its own requests and its share of every FFN layer; two halves of
-    a batch take turns, so that one's messages hide behind the other's products (or one, where that is faster)."""
+    """`workers` of one card, each with the attention of its own requests and its share of every FFN layer; two halves
+    of a batch take turns, so that one's messages hide behind the other's products (or one, where that is faster)."""
 
     times: Roofline
     workers: int
@@ -156,7 +157,7 @@ def split(
 
 
 def most(candidate: Split | Colocated, fits: Callable[[Point], bool]) -> Point | None:
-    """The largest batch with room in memory that `fits`; larger ones take longer. None where not even the least does."""
+    """The largest batch with room in memory that `fits`; larger ones take longer. None where not even the least."""
     low, high = 0, candidate.room // candidate.step
     if high < 1 or not fits(candidate.at(candidate.step)):
         return None

@@ -11,13 +11,13 @@ _BINDS = {
     "ffn": "the FFN workers' compute and memory traffic: more FFN workers would raise it",
     "dispatch": "the wires from attention to FFN: fewer FFN workers or a faster network would raise it",
     "combine": "the wires from FFN to attention: fewer FFN workers or a faster network would raise it",
-    "trip": "a microbatch's own trip through attention, wires and FFN: more microbatches, or faster stages, would raise it",
+    "trip": "a microbatch's own trip through attention, wires and FFN: more microbatches or faster stages would",
 }
 
 
 def binding_limit(plan: Plan) -> str:
     """What keeps the plan from giving more tokens, in a sentence."""
-    ask, (how, point, capped) = plan.ask, plan.best
+    ask, (_, point, capped) = plan.ask, plan.best
     if capped == "memory":
         usable = USABLE * ask.attention.memory_bytes / 1e9
         return (
@@ -49,7 +49,8 @@ def verdict(plan: Plan) -> list[str]:
         sign = "pays" if pays(plan) else "does not pay"
         lines = [
             f"AFD {sign}: {best.usd_per_1m:.3f} USD per million tokens and {best.tokens_per_s_per_card:.0f} tokens/s a "
-            f"card, against {other.point.usd_per_1m:.3f} and {other.point.tokens_per_s_per_card:.0f} of {other.how}, at the "
+            f"card, against {other.point.usd_per_1m:.3f} and {other.point.tokens_per_s_per_card:.0f} of "
+            f"{other.how}, at the "
             "pace that the report measured of such a deployment (DeepSeek-V3's)."
         ]
     if plan.colocated_tuned is not None:
@@ -67,12 +68,13 @@ def _reasons(plan: Plan) -> list[str]:
     model, card, lines = ask.model, ask.ffn, []
     if model.spec.moe is None:
         lines.append(
-            "The model is dense: its FFN is busy at an attention worker's own batch, and gains little by joining."
+            "The model is dense: its FFN is busy at one attention worker's batch, and gains little by joining."
         )
     least = minimum_sparsity(model, card, ask.tpot_s)
     if model.spec.moe is not None and model.sparsity < least:
         lines.append(
-            f"Its experts (sparsity {model.sparsity:.3f}) are sparser than {card.name}'s network can feed ({least:.3f}): "
+            f"Its experts (sparsity {model.sparsity:.3f}) are sparser than {card.name}'s network can feed "
+            f"({least:.3f}): "
             "the FFN cannot get the batch that it computes well at."
         )
     together, ideal = point.batch / how.microbatches, ideal_ffn_batch(model, card)
@@ -83,7 +85,8 @@ def _reasons(plan: Plan) -> list[str]:
         )
     if point.binds in ("dispatch", "combine"):
         lines.append(
-            "The link is slow, and this is the bandwidth dead zone: every FFN worker more needs every token too, so that "
+            "The link is slow, and this is the bandwidth dead zone: every FFN worker more needs every token "
+            "too, so that "
             "more of them only lengthen the wires' share."
         )
     return lines
