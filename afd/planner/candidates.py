@@ -22,13 +22,14 @@ USABLE = 0.9  # of a card's memory: the rest is activations, graphs and the runt
 @dataclass(frozen=True, slots=True)
 class Point:
     """A deployment at one batch. `step_s` is the time per output token. `binds` is what a step mostly waits for: see
-    afd.planner.stages.Pace; "compute" or "network" where colocated."""
+    afd.planner.stages.Pace; "compute" or "network" where colocated. `wires`: their share of a microbatch's trip."""
 
     batch: int
     step_s: float
     cards: int
     usd_per_hour: float
     binds: str
+    wires: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -87,7 +88,8 @@ class Split:
         usd = self.attention * attention.cards * attention.card.usd_per_hour
         usd += self.ffn * ffn.cards * ffn.card.usd_per_hour
         cards = self.attention * attention.cards + self.ffn * ffn.cards
-        return Point(batch, step_s, cards, usd, slowest.binds)
+        wires = (slowest.dispatch + slowest.combine) / slowest.trip
+        return Point(batch, step_s, cards, usd, slowest.binds, wires)
 
     def _skew(self, tokens: float) -> float:
         return expected_skew(self.times.model, self.times.shard.ep, tokens)
@@ -104,7 +106,7 @@ class Colocated:
 
     def __str__(self) -> str:
         each, card = self.times.attention.cards, self.times.attention.card.name
-        return f"{self.workers} colocated workers of {each} {card}"
+        return f"{self.workers} colocated worker{'' if self.workers == 1 else 's'} of {each} {card}"
 
     @property
     def step(self) -> int:

@@ -6,6 +6,8 @@ from afd.planner.candidates import USABLE, Split
 from afd.planner.cost import ideal_ffn_batch, minimum_sparsity
 from afd.planner.search import Found, Plan
 
+_MUCH = 0.4  # of a trip for wires, where splitting does not pay; in the report's three stages they have a third
+
 _BINDS = {
     "attention": "the attention workers' compute and memory traffic: more attention workers would raise it",
     "ffn": "the FFN workers' compute and memory traffic: more FFN workers would raise it",
@@ -83,11 +85,10 @@ def _reasons(plan: Plan) -> list[str]:
             f"The batch is small: {together:.0f} tokens meet at the FFN, where {ideal:.0f} would keep a {card.name} "
             "computing rather than reading weights."
         )
-    if point.binds in ("dispatch", "combine"):
+    if point.binds in ("dispatch", "combine") or (not pays(plan) and point.wires > _MUCH):
         lines.append(
-            "The link is slow, and this is the bandwidth dead zone: every FFN worker more needs every token "
-            "too, so that "
-            "more of them only lengthen the wires' share."
+            f"The link is slow ({100 * point.wires:.0f} % of a microbatch's trip is wires), and this is the bandwidth "
+            "dead zone: every FFN worker more needs every token too, so that more of them only lengthen the wires."
         )
     return lines
 

@@ -81,18 +81,22 @@ def test_afd_does_not_pay_for_a_small_batch_of_a_dense_model_and_colocated_is_na
     assert not pays(found)
     said = " ".join(verdict(found))
     assert "AFD does not pay" in said
-    assert "colocated workers of 8 H800" in said
+    assert "colocated worker" in said
     assert "The model is dense" in said
     assert "The batch is small: " in said
 
 
-def test_sparse_experts_and_slow_links_are_named_as_reasons() -> None:
+def test_experts_too_sparse_for_the_network_are_named_as_a_reason() -> None:
     assert "sparser than H800's network can feed (0.058)" in " ".join(verdict(search(ask("deepseek-v3", "H800"))))
-    slow: dict[str, Card] = {n: replace(CARDS[n], net_bandwidth=5e9) for n in ("H20", "H800")}
+
+
+@pytest.mark.parametrize("net_bandwidth", [2e9, 5e9])
+def test_on_a_slow_link_afd_does_not_pay_and_the_dead_zone_is_named(net_bandwidth: float) -> None:
+    """5 GB/s a card: 40 Gbit/s, a tenth of what the report's servers have."""
+    slow: dict[str, Card] = {n: replace(CARDS[n], net_bandwidth=net_bandwidth) for n in ("H20", "H800")}
     found = search(replace(ask(), attention=slow["H20"], ffn=slow["H800"]))
-    assert found.best.point.binds in ("dispatch", "combine", "trip")
-    if found.best.point.binds != "trip":
-        assert "bandwidth dead zone" in " ".join(verdict(found))
+    assert not pays(found)
+    assert "bandwidth dead zone" in " ".join(verdict(found))
 
 
 @pytest.mark.parametrize(
