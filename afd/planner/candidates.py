@@ -109,6 +109,11 @@ class Colocated:
         return f"{self.workers} colocated worker{'' if self.workers == 1 else 's'} of {each} {card}"
 
     @property
+    def exchanges_experts(self) -> bool:
+        """Whether its workers send one another what their gates choose: expert parallelism."""
+        return self.workers > 1 and self.times.model.spec.moe is not None
+
+    @property
     def step(self) -> int:
         return self.workers
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from afd.planner.candidates import USABLE, Split
+from afd.planner.candidates import USABLE, Colocated, Split
 from afd.planner.cost import ideal_ffn_batch, minimum_sparsity
 from afd.planner.search import Found, Plan
 
@@ -48,17 +48,18 @@ def verdict(plan: Plan) -> list[str]:
     if other is None:
         lines = ["AFD pays: colocated, neither card does it within these limits."]
     else:
+        assert isinstance(other.how, Colocated), "a colocated deployment does not split"
         sign = "pays" if pays(plan) else "does not pay"
+        pace = ", at the pace that the report measured of DeepSeek-V3's" if other.how.exchanges_experts else ""
         lines = [
-            f"AFD {sign}: {best.usd_per_1m:.3f} USD per million tokens and {best.tokens_per_s_per_card:.0f} tokens/s a "
-            f"card, against {other.point.usd_per_1m:.3f} and {other.point.tokens_per_s_per_card:.0f} of "
-            f"{other.how}, at the "
-            "pace that the report measured of such a deployment (DeepSeek-V3's)."
+            f"AFD {sign}: {best.usd_per_1m:.3g} USD per million tokens and {best.tokens_per_s_per_card:.0f} tokens/s a "
+            f"card, against {other.point.usd_per_1m:.3g} and {other.point.tokens_per_s_per_card:.0f} of "
+            f"{other.how}{pace}."
         ]
-    if plan.colocated_tuned is not None:
-        tuned = plan.colocated_tuned
+    tuned = plan.colocated_tuned
+    if tuned is not None and tuned != other:
         lines.append(
-            f"Colocated, were its kernels and wires as well used as AFD's: {tuned.point.usd_per_1m:.3f} USD and "
+            f"Colocated, were its kernels and wires as well used as AFD's: {tuned.point.usd_per_1m:.3g} USD and "
             f"{tuned.point.tokens_per_s_per_card:.0f} tokens/s a card ({tuned.how})."
         )
     return [*lines, *_reasons(plan)]
@@ -68,7 +69,7 @@ def _reasons(plan: Plan) -> list[str]:
     ask, (how, point, _) = plan.ask, plan.best
     assert isinstance(how, Split), "a plan splits"
     model, card, lines = ask.model, ask.ffn, []
-    if model.spec.moe is None:
+    if model.spec.moe is None and not pays(plan):
         lines.append(
             "The model is dense: its FFN is busy at one attention worker's batch, and gains little by joining."
         )
@@ -101,6 +102,6 @@ def row(found: Found) -> tuple[str, ...]:
         f"{point.batch}",
         f"{1e3 * point.step_s:.1f}",
         f"{point.tokens_per_s_per_card:.0f}",
-        f"{point.usd_per_1m:.3f}",
+        f"{point.usd_per_1m:.3g}",
         point.binds,
     )

@@ -54,8 +54,9 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`best` splits; `front` by latency; `colocated` is the cheapest of either card, at the pace that the report
-    measured of such a deployment, and `colocated_tuned` at the same pace as `best`; None where it cannot be done."""
+    """`best` splits; `front` by latency; `colocated` is the cheapest of either card: where its workers
+    exchange experts, at the pace that the report measured of such a deployment. `colocated_tuned`: at the same pace as
+    `best`. None where it cannot be done."""
 
     ask: Ask
     best: Found
@@ -72,8 +73,8 @@ def search(ask: Ask) -> Plan:
         raise _impossible(ask, splits)
     points = found if ask.batch is not None else [*found, *_smaller(found)]
     best = min(found, key=_price)
-    measured = replace(ask.efficiency, pace=ask.efficiency.colocated_pace)
-    return Plan(ask, best, front(points), _cheapest_colocated(ask, measured), _cheapest_colocated(ask, ask.efficiency))
+    measured, tuned = ask.efficiency.colocated_pace, ask.efficiency.pace
+    return Plan(ask, best, front(points), _cheapest_colocated(ask, measured), _cheapest_colocated(ask, tuned))
 
 
 def front(found: Iterable[Found]) -> tuple[Found, ...]:
@@ -105,18 +106,19 @@ def _splits(ask: Ask) -> Iterator[Split]:
                     yield split(ask.model, workers, shard, counts, sharding, ask.context, ask.efficiency)
 
 
-def _cheapest_colocated(ask: Ask, efficiency: Efficiency) -> Found | None:
-    found = [each for how in _colocated(ask, efficiency) if (each := _grown(ask, how))]
+def _cheapest_colocated(ask: Ask, exchange_pace: float) -> Found | None:
+    found = [each for how in _colocated(ask, exchange_pace) if (each := _grown(ask, how))]
     return min(found, key=_price, default=None)
 
 
-def _colocated(ask: Ask, efficiency: Efficiency) -> Iterator[Colocated]:
+def _colocated(ask: Ask, exchange_pace: float) -> Iterator[Colocated]:
+    slowed = replace(ask.efficiency, pace=exchange_pace)
     for card in dict.fromkeys((ask.attention, ask.ffn)):
         workers = Workers(card, ask.cards_per_worker)
         for count in ask.counts:
             for _, shard in _shards(ask.model, count):
-                times = Roofline(ask.model, workers, workers, shard, efficiency)
-                yield Colocated(times, count, ask.context)
+                how = Colocated(Roofline(ask.model, workers, workers, shard, ask.efficiency), count, ask.context)
+                yield replace(how, times=replace(how.times, efficiency=slowed)) if how.exchanges_experts else how
 
 
 def _shards(model: Planned, ffn: int) -> Iterator[tuple[Sharding, FfnShard]]:
