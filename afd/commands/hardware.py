@@ -19,8 +19,8 @@ _TIMEOUT_S = 120.0
 
 
 def list_known() -> None:
-    """Prints every card with its figures and their source."""
-    table = Table("card", "USD/h", "BF16", "FP8", "memory", "GB", "roofline", "network", "source")
+    """Prints every card with its figures, and their sources. Roofline: FLOPs per byte in FP8; network: each way."""
+    table = Table("card", "USD/h", "BF16", "FP8", "memory", "GB", "roofline", "network")
     for card in CARDS.values():
         table.add_row(
             card.name,
@@ -31,9 +31,11 @@ def list_known() -> None:
             f"{card.memory_bytes / 1e9:.0f}",
             f"{card.roofline(DType.FP8):.0f}",
             f"{card.net_bandwidth / 1e9:.1f}G/s",
-            card.source,
         )
-    Console().print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    for source in dict.fromkeys(card.source for card in CARDS.values()):
+        console.print(f"{', '.join(card.name for card in CARDS.values() if card.source == source)}: {source}")
 
 
 def measure(output: Path, usd_per_hour: float, name: str | None) -> None:

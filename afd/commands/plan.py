@@ -103,7 +103,7 @@ def _print(found: Plan) -> None:
     console.print(
         f"{ask.model.name}: {how} (workers of {ask.cards_per_worker} {ask.attention.name} and {ask.cards_per_worker} "
         f"{ask.ffn.name}), a batch of {point.batch}: {1e3 * point.step_s:.1f} ms per token, {point.tokens_per_s:.0f} "
-        f"tokens/s, {point.tokens_per_s_per_card:.0f} a card, {point.usd_per_1m:.3f} USD per million tokens."
+        f"tokens/s, {point.tokens_per_s_per_card:.0f} a card, {point.usd_per_1m:.3g} USD per million tokens."
     )
     for line in (binding_limit(found), *verdict(found)):
         console.print(line)

@@ -22,13 +22,14 @@ USABLE = 0.9  # of a card's memory: the rest is activations, graphs and the runt
 @dataclass(frozen=True, slots=True)
 class Point:
     """A deployment at one batch. `step_s` is the time per output token. `binds` is what a step mostly waits for: see
-    afd.planner.stages.Pace; "compute" or "network" where colocated."""
+    afd.planner.stages.Pace; "compute" or "network" where colocated. `wires`: their share of a microbatch's trip."""
 
     batch: int
     step_s: float
     cards: int
     usd_per_hour: float
     binds: str
+    wires: float = 0.0
 
     @property
     def tokens_per_s(self) -> float:
@@ -56,7 +57,8 @@ class Split:
     context: int
 
     def __str__(self) -> str:
-        return f"{self.attention}A{self.ffn}F, {self.sharding}, {self.microbatches} microbatch{'es' if self.microbatches > 1 else ''}"
+        in_flight = "1 microbatch" if self.microbatches == 1 else f"{self.microbatches} microbatches"
+        return f"{self.attention}A{self.ffn}F, {self.sharding}, {in_flight}"
 
     @property
     def step(self) -> int:
@@ -86,7 +88,8 @@ class Split:
         usd = self.attention * attention.cards * attention.card.usd_per_hour
         usd += self.ffn * ffn.cards * ffn.card.usd_per_hour
         cards = self.attention * attention.cards + self.ffn * ffn.cards
-        return Point(batch, step_s, cards, usd, slowest.binds)
+        wires = (slowest.dispatch + slowest.combine) / slowest.trip
+        return Point(batch, step_s, cards, usd, slowest.binds, wires)
 
     def _skew(self, tokens: float) -> float:
         return expected_skew(self.times.model, self.times.shard.ep, tokens)
@@ -94,8 +97,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Colocated:
-    """`workers` of one card, each with the attention of its own requests and its share of every FFN layer; two halves of
-    a batch take turns, so that one's messages hide behind the other's products (or one, where that is faster)."""
+    """`workers` of one card, each with the attention of its own requests and its share of every FFN layer; two halves
+    of a batch take turns, so that one's messages hide behind the other's products (or one, where that is faster)."""
 
     times: Roofline
     workers: int
@@ -103,7 +106,12 @@ class Colocated:
 
     def __str__(self) -> str:
         each, card = self.times.attention.cards, self.times.attention.card.name
-        return f"{self.workers} colocated workers of {each} {card}"
+        return f"{self.workers} colocated worker{'' if self.workers == 1 else 's'} of {each} {card}"
+
+    @property
+    def exchanges_experts(self) -> bool:
+        """Whether its workers send one another what their gates choose: expert parallelism."""
+        return self.workers > 1 and self.times.model.spec.moe is not None
 
     @property
     def step(self) -> int:
@@ -156,7 +164,7 @@ def split(
 
 
 def most(candidate: Split | Colocated, fits: Callable[[Point], bool]) -> Point | None:
-    """The largest batch with room in memory that `fits`; larger ones take longer. None where not even the least does."""
+    """The largest batch with room in memory that `fits`; larger ones take longer. None where not even the least."""
     low, high = 0, candidate.room // candidate.step
     if high < 1 or not fits(candidate.at(candidate.step)):
         return None

@@ -60,7 +60,8 @@ def as_yaml(plan: Plan) -> str:
     heading = [
         f"{ask.model.name} at {ask.context} tokens of context, {1e3 * ask.tpot_s:g} ms per token: {how}, a batch of "
         f"{point.batch}.",
-        f"Forecast: {1e3 * point.step_s:.1f} ms per token, {point.tokens_per_s:.0f} tokens/s, {point.usd_per_1m:.3f} USD "
+        f"Forecast: {1e3 * point.step_s:.1f} ms per token, {point.tokens_per_s:.0f} tokens/s, "
+        f"{point.usd_per_1m:.3f} USD "
         "per million tokens.",
         f"A worker is {ask.cards_per_worker} {ask.attention.name} (attention) or {ask.cards_per_worker} {ask.ffn.name} "
         "(FFN). `model` may have to become the path of the checkpoint.",

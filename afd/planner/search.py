@@ -1,4 +1,4 @@
-"""The search behind `afd plan`: numbers of workers, sharding, microbatches and batch, under memory, network and latency.
+"""The search behind `afd plan`: workers, sharding, microbatches and batch, under memory, network and latency limits.
 
 Every topology of a grid is grown to the largest batch that its memory and the time per token allow. The plan is the
 cheapest per token; the front holds what no other beats in latency, tokens per card and price at once.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from afd.errors import ConfigError
@@ -26,8 +26,8 @@ _SHARDINGS: tuple[Sharding, ...] = ("ep", "tp", "hybrid")
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What is wanted. `batch` None: as many requests at a time as pay. `cards_per_worker` cards of one server act as one
-    worker; `max_workers` of a role at most."""
+    """What is wanted. `batch` None: as many requests at a time as pay. `cards_per_worker` cards of one server act as
+    one worker; `max_workers` of a role at most."""
 
     model: Planned
     attention: Card
@@ -37,7 +37,7 @@ class Ask:
     batch: int | None = None
     cards_per_worker: int = 8
     max_workers: int = 32
-    efficiency: Efficiency = Efficiency()
+    efficiency: Efficiency = field(default_factory=Efficiency)
 
     @property
     def counts(self) -> list[int]:
@@ -54,8 +54,9 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """`best` splits; `front` by latency; `colocated` is the cheapest of either card, at the pace that the report measured
-    of such a deployment, and `colocated_tuned` at the same pace as `best`; None where it cannot be done."""
+    """`best` splits; `front` by latency; `colocated` is the cheapest of either card: where its workers
+    exchange experts, at the pace that the report measured of such a deployment. `colocated_tuned`: at the same pace as
+    `best`. None where it cannot be done."""
 
     ask: Ask
     best: Found
@@ -72,8 +73,8 @@ def search(ask: Ask) -> Plan:
         raise _impossible(ask, splits)
     points = found if ask.batch is not None else [*found, *_smaller(found)]
     best = min(found, key=_price)
-    measured = replace(ask.efficiency, pace=ask.efficiency.colocated_pace)
-    return Plan(ask, best, front(points), _cheapest_colocated(ask, measured), _cheapest_colocated(ask, ask.efficiency))
+    measured, tuned = ask.efficiency.colocated_pace, ask.efficiency.pace
+    return Plan(ask, best, front(points), _cheapest_colocated(ask, measured), _cheapest_colocated(ask, tuned))
 
 
 def front(found: Iterable[Found]) -> tuple[Found, ...]:
@@ -105,18 +106,19 @@ def _splits(ask: Ask) -> Iterator[Split]:
                     yield split(ask.model, workers, shard, counts, sharding, ask.context, ask.efficiency)
 
 
-def _cheapest_colocated(ask: Ask, efficiency: Efficiency) -> Found | None:
-    found = [each for how in _colocated(ask, efficiency) if (each := _grown(ask, how))]
+def _cheapest_colocated(ask: Ask, exchange_pace: float) -> Found | None:
+    found = [each for how in _colocated(ask, exchange_pace) if (each := _grown(ask, how))]
     return min(found, key=_price, default=None)
 
 
-def _colocated(ask: Ask, efficiency: Efficiency) -> Iterator[Colocated]:
+def _colocated(ask: Ask, exchange_pace: float) -> Iterator[Colocated]:
+    slowed = replace(ask.efficiency, pace=exchange_pace)
     for card in dict.fromkeys((ask.attention, ask.ffn)):
         workers = Workers(card, ask.cards_per_worker)
         for count in ask.counts:
             for _, shard in _shards(ask.model, count):
-                times = Roofline(ask.model, workers, workers, shard, efficiency)
-                yield Colocated(times, count, ask.context)
+                how = Colocated(Roofline(ask.model, workers, workers, shard, ask.efficiency), count, ask.context)
+                yield replace(how, times=replace(how.times, efficiency=slowed)) if how.exchanges_experts else how
 
 
 def _shards(model: Planned, ffn: int) -> Iterator[tuple[Sharding, FfnShard]]:
@@ -169,9 +171,9 @@ def _impossible(ask: Ask, splits: list[Split]) -> ConfigError:
         if not able:
             most_room = max(fitting, key=lambda how: how.room)
             return ConfigError(
-                f"a batch of {ask.batch} requests of {ask.context} tokens does not fit: {most_room.attention} attention "
-                f"workers of {each} {ask.attention.name} hold {most_room.room} (--max-workers allows more); the nearest "
-                f"is --batch {most_room.room}"
+                f"a batch of {ask.batch} requests of {ask.context} tokens does not fit: {most_room.attention} "
+                f"attention workers of {each} {ask.attention.name} hold {most_room.room} (--max-workers allows more); "
+                f"the nearest is --batch {most_room.room}"
             )
         fastest = min(able, key=lambda how: how.at(ask.batch or 1).step_s)
         point = fastest.at(ask.batch)
@@ -179,8 +181,9 @@ def _impossible(ask: Ask, splits: list[Split]) -> ConfigError:
         fastest = min(fitting, key=lambda how: how.at(how.step).step_s)
         point = fastest.at(fastest.step)
     return ConfigError(
-        f"{name} cannot give a token every {1e3 * ask.tpot_s:g} ms on these cards: its fastest deployment, {fastest} at a "
-        f"batch of {point.batch}, takes {1e3 * point.step_s:.3g} ms, which {_WHY[point.binds]}; the nearest is --tpot "
+        f"{name} cannot give a token every {1e3 * ask.tpot_s:g} ms on these cards: its fastest deployment, {fastest} "
+        f"at a batch of {point.batch}, takes {1e3 * point.step_s:.3g} ms, which {_WHY[point.binds]}; the "
+        "nearest is --tpot "
         f"{math.ceil(1e4 * point.step_s) / 10:g}ms"
     )
 
@@ -200,8 +203,9 @@ def _no_room(ask: Ask, splits: list[Split]) -> ConfigError:
         middle = (low + high) // 2
         low, high = (middle, high) if times.attention_memory(1, middle) <= usable else (low, middle)
     return ConfigError(
-        f"one request of {ask.context} tokens does not fit into a worker of {ask.cards_per_worker} {ask.attention.name}, "
-        f"whose cards have {(usable - weights) / 1e9:.1f} GB beside the weights; the nearest is --context {low}"
+        f"one request of {ask.context} tokens does not fit into a worker of {ask.cards_per_worker} "
+        f"{ask.attention.name}, whose cards have {(usable - weights) / 1e9:.1f} GB beside the weights; the "
+        f"nearest is --context {low}"
     )
 
 

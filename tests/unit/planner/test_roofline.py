@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from afd.planner.candidates import Colocated
 from afd.planner.hardware import CARDS
 from afd.planner.models import MODELS, Precision
 from afd.planner.roofline import Efficiency, Roofline, Workers, fit_pace
@@ -36,6 +37,15 @@ def fitted() -> Efficiency:
 
 def test_the_default_pace_is_the_one_that_2a2f_gives() -> None:
     assert fitted().pace == pytest.approx(Efficiency().pace, rel=0.005)
+
+
+def test_the_default_pace_of_colocated_experts_is_the_one_that_deepseek_v3s_profile_gives() -> None:
+    """Table 8, EP (profile): 2324 tokens per second and card at 4K on 128 H800s, attention in BF16, 50 ms a token."""
+    model = replace(MODELS["deepseek-v3"], precision=Precision(kv=DType.BF16))
+    slowed = Efficiency(pace=Efficiency().colocated_pace)
+    times = Roofline(model, SERVER, SERVER, FfnShard(0, 16, 1), slowed)
+    requests = round(2324 * 0.050) * 128
+    assert Colocated(times, 16, 4096).at(requests).tokens_per_s_per_card == pytest.approx(2324, rel=0.01)
 
 
 @pytest.mark.parametrize(
