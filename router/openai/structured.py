@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import orjson
 from llguidance import LLMatcher
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from afd import grammar as rules
 from afd.errors import RequestError
@@ -43,11 +43,21 @@ def _schema(value: object) -> object:
 
 
 JsonSchema = Annotated[dict[str, object] | bool, BeforeValidator(_schema)]
-Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: object) -> object:
+        """Every unknown key is an error; the first is enough."""
+        if not isinstance(data, dict) or len(data) <= len(cls.model_fields):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(key for key in data if key not in known)
+        return {key: data[key] for key in (*known, unknown) if key in data}
 
 
 class _NamedSchema(_Part):
@@ -142,7 +152,9 @@ def _answers(
     if regex is not None:
         answers.append(Answer(_regex(regex), f"{prefix}regex"))
     if choice is not None:
-        answers.append(Answer({"lark_grammar": f"start: {' | '.join(map(quoted, choice))}"}, f"{prefix}choice"))
+        answers.append(
+            Answer({"lark_grammar": f"start: CHOICE\nCHOICE: {' | '.join(map(quoted, choice))}"}, f"{prefix}choice")
+        )
     if grammar is not None:
         answers.append(Answer({"lark_grammar": grammar}, f"{prefix}grammar"))
     return answers
