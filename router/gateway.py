@@ -199,14 +199,14 @@ class Gateway:
         body = await reading(lambda: parse(ChatRequest, raw), raw)
         self._check_model(body.model)
         terms = Terms.read(body, request.headers, self._settings.request_timeout_s)
-        job = replace(await self._relay.jobs.chat(job_id, body), terms=terms)
+        job = replace(await self._relay.jobs.chat(job_id, body, len(raw)), terms=terms)
         return job, ChatShape(job, self._answer_style(body)), bool(body.stream)
 
     async def _completion(self, job_id: str, request: Request, raw: bytes) -> _Prepared:
         body = await reading(lambda: parse(CompletionRequest, raw), raw)
         self._check_model(body.model)
         terms = Terms.read(body, request.headers, self._settings.request_timeout_s)
-        job = replace(await self._relay.jobs.completion(job_id, body), terms=terms)
+        job = replace(await self._relay.jobs.completion(job_id, body, len(raw)), terms=terms)
         return job, CompletionShape(job, self._answer_style(body)), bool(body.stream)
 
     def _answer_style(self, body: ChatRequest | CompletionRequest) -> Style:

@@ -59,13 +59,16 @@ class Tokenization:
         """Raises RequestError."""
         body = await reading(lambda: _read(raw), raw)
         if isinstance(body, TokenizeChat):
-            _, ids = await self._jobs.chat_prompt(body)
+            _, ids = await self._jobs.chat_prompt(body, len(raw))
         else:
             prompt, special = body.prompt, body.add_special_tokens is not False
-            ids = await off_loop(lambda: self._jobs.tokenizer.encode(prompt, special=special), len(prompt))
+            ids = await self._jobs.text(prompt, len(raw), special=special)
         if body.model is not None:
             self._check_model(body.model)
-        strings = [self._jobs.tokenizer.piece(i) for i in ids] if body.return_token_strs else None
+        wants_strings = bool(body.return_token_strs)
+        strings = await off_loop(
+            lambda: [self._jobs.tokenizer.piece(i) for i in ids] if wants_strings else None, len(raw)
+        )
         return {
             "count": len(ids),
             "max_model_len": self._jobs.max_context,

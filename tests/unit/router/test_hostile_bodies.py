@@ -74,3 +74,38 @@ def test_a_long_body_is_refused_by_its_first_fault_while_others_are_answered(rou
     assert len(response.content) < 1000
     assert longest_s < MOST_WAIT_S
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_GROWTH_BYTES
+
+
+@pytest.mark.parametrize("path", ["v1/completions", "v1/chat/completions", "tokenize"])
+def test_text_that_cannot_fit_is_refused_without_being_tokenized(router, path):
+    text = "light " * 1_000_000
+    fields = {"messages": [{"role": "user", "content": text}]} if "chat" in path else {"prompt": text}
+    response, longest_s = answered_meanwhile(router, f"/{path}", {"model": "tiny", **fields})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert "bytes of text" in error["message"]
+    assert longest_s < MOST_WAIT_S
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": "light of Paris " * 60_000, "truncate_prompt_tokens": 8},
+        {"prompt": "a", "bad_words": [f"{i:0256}" for i in range(256)]},
+        {"messages": [{"role": "user", "content": ""}] * 10_000},
+        {"messages": CHAT, "chat_template_kwargs": {f"k{i}": [i] for i in range(100_000)}},
+    ],
+)
+def test_long_work_keeps_nobody_waiting(router, fields):
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    response, longest_s = answered_meanwhile(router, path, {"model": "tiny", **fields})
+    assert response.status_code in (200, 400), response.text
+    assert longest_s < MOST_WAIT_S
+
+
+def test_long_text_is_encoded_and_decoded_as_short_text_is(tokenizer):
+    text = "the capital of France é " * 1000
+    ids = tokenizer.encode(text, special=False)
+    assert ids == tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.most_token_bytes == max(len(tokenizer.token_bytes(i)) for i in range(300))

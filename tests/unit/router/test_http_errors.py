@@ -316,7 +316,7 @@ def test_a_refusal_by_the_engine_is_the_clients_error(router, worker, stream):
 def test_a_bug_is_logged_with_the_request_and_told_as_500_and_the_server_goes_on(router, monkeypatch, caplog):
     jobs = router.gateway._relay.jobs
 
-    async def broken(job_id, body):
+    async def broken(job_id, body, num_bytes):
         raise ZeroDivisionError("secret")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
