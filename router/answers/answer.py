@@ -29,12 +29,15 @@ class Read:
 
 class AnswerParser:
     """Reads one choice. `push` its text in pieces, then `flush` once: what comes out, joined, does not depend on the
-    pieces. With `only_first`, calls after the first are dropped."""
+    pieces. With `only_first`, calls after the first are dropped. `forced`: it can be nothing but calls."""
 
-    def __init__(self, reasoning: ReasoningParser | None, calls: CallParser | None, *, only_first: bool) -> None:
+    def __init__(
+        self, reasoning: ReasoningParser | None, calls: CallParser | None, *, only_first: bool, forced: bool = False
+    ) -> None:
         self._reasoning = reasoning
         self._calls = calls
         self._only_first = only_first
+        self._forced = forced
         self.called = False  # a tool, so far
 
     def push(self, text: str) -> Read:
@@ -47,7 +50,7 @@ class AnswerParser:
         reasoning, content = self._reasoning.flush() if self._reasoning else ("", "")
         read = self._read(reasoning, content)
         if self._calls is not None:
-            rest = self._calls.flush()
+            rest = self._calls.flush(forced=self._forced)
             read.content += rest.content
             read.calls += self._kept(rest.calls)
         return read
@@ -98,13 +101,15 @@ class Answers:
             return Plan(grammar)
         tags = [*(self.tools.tags if tools else ()), *((OPEN, CLOSE) if self._reasoning else ())]
         keep_special = any(self._tokenizer.special_id(tag) is not None for tag in tags)
-        return Plan(grammar, partial(self._parser, tools, said, request.parallel_tool_calls is False), keep_special)
+        parser = partial(self._parser, tools, said, request.parallel_tool_calls is False, request.must_call)
+        return Plan(grammar, parser, keep_special)
 
-    def _parser(self, tools: list[Tool], said: Prompt, only_first: bool) -> AnswerParser:
+    def _parser(self, tools: list[Tool], said: Prompt, only_first: bool, forced: bool) -> AnswerParser:
         return AnswerParser(
             self._reasoning.parser(said) if self._reasoning else None,
             self.tools.parser(tools) if tools else None,
             only_first=only_first,
+            forced=forced,
         )
 
     def _forced(self, request: ChatRequest, tools: list[Tool]) -> CallGrammar:
