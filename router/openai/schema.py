@@ -148,7 +148,7 @@ class StreamOptions(_Body):
 
 class Message(BaseModel):
     """One turn. Fields that answers carry and clients send back (refusal, annotations, …) are not looked at. Where an
-    assistant calls tools, content may be missing."""
+    assistant calls tools, content may be missing, and null is empty: so answers without a word come back."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -162,7 +162,9 @@ class Message(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _calls_need_no_content(cls, data: object) -> object:
-        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+        if not isinstance(data, dict) or data.get("content") is not None:
+            return data
+        if data.get("tool_calls") or (data.get("role") == "assistant" and "content" in data):
             return {**data, "content": ""}
         return data
 
@@ -353,7 +355,7 @@ def _check_together(request: Request) -> None:
         raise RequestError("stream_options is only for requests with stream: true", param="stream_options")
     if isinstance(request, ChatRequest):
         request.check_choice()
-    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs is only for requests with logprobs: true", param="top_logprobs")
     num_prompts, n = 1, request.n or 1
     if isinstance(request, CompletionRequest):
