@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from router.answers.reasoning.base import CLOSE, OPEN, Prompt, Reasoning, ReasoningParser, said_by
-from router.answers.tools.base import MAX_CALLS, CallDelta, CallGrammar, CallParser, ToolFormat, quoted
+from router.answers.tools.base import MAX_CALLS, CallDelta, CallGrammar, CallParser, Json, ToolFormat, quoted
 from router.answers.tools.fields import Tool
 from router.openai import structured
 from router.openai.schema import ChatRequest, CompletionRequest
 from router.openai.structured import Answer
-from router.text.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer, off_loop
 
 
 @dataclass(slots=True)
@@ -85,18 +85,22 @@ class Answers:
         self._reasoning = reasoning
         self._tokenizer = tokenizer
 
-    async def completion(self, request: CompletionRequest) -> Plan:
-        """Raises RequestError for a grammar that cannot be followed."""
+    async def completion(self, request: CompletionRequest, num_bytes: int) -> Plan:
+        """`num_bytes`: how long the request's body was. Raises RequestError for a grammar that cannot be followed."""
         answer = request.answer()
-        return Plan() if answer is None else Plan(await self._grammar(answer, None, "closed"))
+        return Plan() if answer is None else Plan(await self._grammar(answer, lambda: None, "closed", num_bytes))
 
-    async def chat(self, request: ChatRequest, prompt: str) -> Plan:
-        """`prompt` as the chat template wrote it. Raises RequestError for a grammar that cannot be followed."""
+    async def chat(self, request: ChatRequest, prompt: str, num_bytes: int) -> Plan:
+        """`prompt` as the chat template wrote it; `num_bytes`: how long the request's body was.
+
+        Raises RequestError for a grammar that cannot be followed."""
         answer, tools, said = request.answer(), request.offered_tools, said_by(prompt)
-        calls = self._forced(request, tools) if tools and (answer or request.must_call) else None
+        may_force = bool(tools) and (answer is not None or request.must_call)
         grammar = ""
-        if calls or answer:
-            grammar = await self._grammar(None if request.must_call else answer, calls, said)
+        if may_force or answer:
+            wanted = None if request.must_call else answer
+            forced = partial(self._forced, request, tools) if may_force else lambda: None
+            grammar = await self._grammar(wanted, forced, said, num_bytes)
         if not tools and self._reasoning is None:
             return Plan(grammar)
         tags = [*(self.tools.tags if tools else ()), *((OPEN, CLOSE) if self._reasoning else ())]
@@ -119,15 +123,23 @@ class Answers:
         most = 1 if named is not None or request.parallel_tool_calls is False else MAX_CALLS
         return self.tools.grammar(functions, most, self._tag)
 
-    async def _grammar(self, answer: Answer | None, calls: CallGrammar | None, said: Prompt) -> str:
+    async def _grammar(
+        self, answer: Answer | None, forced: Callable[[], CallGrammar | None], said: Prompt, num_bytes: int
+    ) -> str:
+        whole, params, grammars = await off_loop(lambda: self._compose(answer, forced(), said), num_bytes)
+        await structured.check(whole, params, grammars, "tools" if answer is None else answer.param)
+        return whole
+
+    def _compose(
+        self, answer: Answer | None, calls: CallGrammar | None, said: Prompt
+    ) -> tuple[str, dict[str, str], dict[str, Json]]:
+        """The whole grammar; of each part, the field that it comes from; the parts."""
         grammars, params = dict(calls.grammars if calls else {}), dict(calls.params if calls else {})
         if answer is not None:
             grammars["answer"], params["answer"] = answer.grammar, answer.param
         body = " | ".join([*(["calls"] if calls else []), *(["@answer"] if answer else [])])
         start = f"{self._start(body, said)}{calls.rules if calls else ''}"
-        whole = structured.compose(start, grammars)
-        await structured.check(whole, params, grammars, "tools" if answer is None else answer.param)
-        return whole
+        return structured.compose(start, grammars), params, grammars
 
     def _start(self, body: str, said: Prompt) -> str:
         """The rule "start", with reasoning before `body` where it is expected."""

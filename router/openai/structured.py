@@ -188,17 +188,16 @@ def _spaced(grammar: Json) -> Json:
 async def check(grammar: str, params: Mapping[str, str], grammars: Mapping[str, Json], whole: str) -> None:
     """Raises RequestError for the first of `grammars` that is not valid, which comes from the field that `params` has
     under its name, or for the `grammar` of which they are parts, and which comes from the field `whole`."""
-    parts = [(params[name], compose(f"start: @{name}", {name: part})) for name, part in grammars.items()]
-
     until = time.monotonic() + _CHECK_S
     too_long = f"checking it takes longer than {_CHECK_S:g} s; make it simpler"
 
     def find() -> tuple[str, str]:
-        for param, part in [*parts, (whole, grammar)]:
+        for name, part in [*grammars.items(), (whole, None)]:
             if time.monotonic() > until:  # nobody waits for it any more
                 return whole, too_long
-            if problem := rules.problem(part):
-                return param, problem
+            text = grammar if part is None else compose(f"start: @{name}", {name: part})
+            if problem := rules.problem(text):
+                return whole if part is None else params[name], problem
         return "", ""
 
     try:

@@ -49,7 +49,7 @@ class Jobs:
         Raises RequestError."""
         most = self._most_bytes(request)
         text, ids = await self.chat_prompt(request, num_bytes, most)
-        plan = await self._answers.chat(request, text)
+        plan = await self._answers.chat(request, text, num_bytes)
         context = self.max_context
         return await off_loop(
             lambda: self._job(job_id, request, [ids], "messages", self._settings.max_context, plan, context), num_bytes
@@ -120,7 +120,7 @@ class Jobs:
             return prompt
 
         prompts = await off_loop(lambda: [token_ids(prompt) for prompt in request.prompt], num_bytes)
-        plan = await self._answers.completion(request)
+        plan = await self._answers.completion(request, num_bytes)
         job = await off_loop(
             lambda: self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS, plan, context), num_bytes
         )

@@ -93,6 +93,8 @@ def test_text_that_cannot_fit_is_refused_without_being_tokenized(router, path):
         {"prompt": "light of Paris " * 60_000, "truncate_prompt_tokens": 8},
         {"prompt": "a", "bad_words": [f"{i:0256}" for i in range(256)]},
         {"messages": [{"role": "user", "content": ""}] * 10_000},
+        {"prompt": "a", "guided_json": {"enum": [str(i) for i in range(300_000)]}},
+        {"prompt": "a", "guided_choice": ["yes" * 1000] * 1000},
         {"messages": CHAT, "chat_template_kwargs": {f"k{i}": [i] for i in range(100_000)}},
     ],
 )
