@@ -67,6 +67,13 @@ class AnswerParser:
         return kept
 
 
+_Forced = Callable[[], CallGrammar | None]  # what an answer may call; takes time
+
+
+def _nothing() -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """`parser` makes one for each choice; None: all text is content. `keep_special`: a tag that the parsers look for
@@ -88,7 +95,7 @@ class Answers:
     async def completion(self, request: CompletionRequest, num_bytes: int) -> Plan:
         """`num_bytes`: how long the request's body was. Raises RequestError for a grammar that cannot be followed."""
         answer = request.answer()
-        return Plan() if answer is None else Plan(await self._grammar(answer, lambda: None, "closed", num_bytes))
+        return Plan() if answer is None else Plan(await self._grammar(answer, _nothing, "closed", num_bytes))
 
     async def chat(self, request: ChatRequest, prompt: str, num_bytes: int) -> Plan:
         """`prompt` as the chat template wrote it; `num_bytes`: how long the request's body was.
@@ -99,7 +106,7 @@ class Answers:
         grammar = ""
         if may_force or answer:
             wanted = None if request.must_call else answer
-            forced = partial(self._forced, request, tools) if may_force else lambda: None
+            forced: _Forced = partial(self._forced, request, tools) if may_force else _nothing
             grammar = await self._grammar(wanted, forced, said, num_bytes)
         if not tools and self._reasoning is None:
             return Plan(grammar)
@@ -123,9 +130,7 @@ class Answers:
         most = 1 if named is not None or request.parallel_tool_calls is False else MAX_CALLS
         return self.tools.grammar(functions, most, self._tag)
 
-    async def _grammar(
-        self, answer: Answer | None, forced: Callable[[], CallGrammar | None], said: Prompt, num_bytes: int
-    ) -> str:
+    async def _grammar(self, answer: Answer | None, forced: _Forced, said: Prompt, num_bytes: int) -> str:
         whole, params, grammars = await off_loop(lambda: self._compose(answer, forced(), said), num_bytes)
         await structured.check(whole, params, grammars, "tools" if answer is None else answer.param)
         return whole
