@@ -164,7 +164,7 @@ class RouterSection(_Section):
     host: str = Field("127.0.0.1", min_length=1)
     port: int = Field(8000, ge=0, le=65535)
     drain_s: float = Field(5.0, ge=0)  # how long in-flight requests may finish on shutdown
-    policy: PolicyName = "prefix"  # how an attention worker is chosen (router.policy)
+    policy: PolicyName = "prefix"  # how an attention worker is chosen (router.relay.policy)
     max_queue: int = Field(1024, ge=1)  # requests without a first token yet, over all workers; past it: HTTP 429
     replay_s: float = Field(60.0, ge=0)  # requests that lost their attention worker wait this long for another
     silence_s: float = Field(10.0, ge=2)  # an attention worker with requests that says nothing for this long is lost

@@ -59,7 +59,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request's tokens are chosen. Ranges are checked where the request enters (router.schema).
+    """How one request's tokens are chosen. Ranges are checked where the request enters (router.openai.schema).
 
     Penalties follow the OpenAI API (frequency, presence: over generated tokens) and vLLM (repetition: over prompt
     and generated tokens). temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off.

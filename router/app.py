@@ -69,15 +69,18 @@ def create_app(settings: RouterSettings, watch: Callable[[], ClusterView], timel
         ("/tokenize", "POST", gateway.tokenize),
         ("/detokenize", "POST", gateway.detokenize),
         ("/health", "GET", gateway.health),
+        ("/health", "HEAD", gateway.health),
         ("/ready", "GET", gateway.ready),
+        ("/ready", "HEAD", gateway.ready),
         ("/version", "GET", gateway.version),
         ("/metrics", "GET", gateway.metrics),
         ("/status", "GET", gateway.status),
         ("/status/pipeline", "GET", Live(gateway, timelines).pipeline),
         ("/debug/timeline", "GET", Debug(timelines).timeline),
     ):
-        app.add_api_route(path, endpoint, methods=[method])
-    app.add_api_route("/", Page().show, methods=["GET"], include_in_schema=False)
+        # To HEAD, which load balancers ask, the server sends no body.
+        app.add_api_route(path, endpoint, methods=[method], include_in_schema=method != "HEAD")
+    app.add_api_route("/", Page().show, methods=["GET", "HEAD"], include_in_schema=False)
     openapi.describe(app, settings.model_name, keyed=bool(settings.api_keys))
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ClientDisconnect, _left)

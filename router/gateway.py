@@ -21,8 +21,9 @@ from afd.types import ClusterView, Role
 from router.generation import Generation
 from router.http import errors, exchange
 from router.http.exchange import Exchange
+from router.openai.fields import shown
 from router.openai.responses import ChatShape, CompletionShape, Json, Shape, Style
-from router.openai.schema import ChatRequest, CompletionRequest, parse
+from router.openai.schema import ChatRequest, CompletionRequest, parse, reading
 from router.openai.tokenization import Tokenization
 from router.relay import policy
 from router.relay.job import Job
@@ -195,17 +196,17 @@ class Gateway:
             return errors.response(error)
 
     async def _chat(self, job_id: str, request: Request, raw: bytes) -> _Prepared:
-        body = parse(ChatRequest, raw)
+        body = await reading(lambda: parse(ChatRequest, raw), raw)
         self._check_model(body.model)
         terms = Terms.read(body, request.headers, self._settings.request_timeout_s)
-        job = replace(await self._relay.jobs.chat(job_id, body), terms=terms)
+        job = replace(await self._relay.jobs.chat(job_id, body, len(raw)), terms=terms)
         return job, ChatShape(job, self._answer_style(body)), bool(body.stream)
 
     async def _completion(self, job_id: str, request: Request, raw: bytes) -> _Prepared:
-        body = parse(CompletionRequest, raw)
+        body = await reading(lambda: parse(CompletionRequest, raw), raw)
         self._check_model(body.model)
         terms = Terms.read(body, request.headers, self._settings.request_timeout_s)
-        job = replace(await self._relay.jobs.completion(job_id, body), terms=terms)
+        job = replace(await self._relay.jobs.completion(job_id, body, len(raw)), terms=terms)
         return job, CompletionShape(job, self._answer_style(body)), bool(body.stream)
 
     def _answer_style(self, body: ChatRequest | CompletionRequest) -> Style:
@@ -226,7 +227,7 @@ class Gateway:
 
     def _check_model(self, name: str) -> None:
         if name != self._settings.model_name:
-            message = f"model {name!r} is not served here; this server has {self._settings.model_name!r}"
+            message = f"model {shown(name)} is not served here; this server has {self._settings.model_name!r}"
             raise RequestError(message, param="model", code="model_not_found", status=404)
 
     def _model_card(self) -> Json:

@@ -30,9 +30,9 @@ class RouterSettings:
     tokenizer_json: Path
     tokenizer_config: Mapping[str, object] = field(default_factory=dict)
     generation_config: Mapping[str, object] = field(default_factory=dict)
-    tool_parser: str = "hermes"  # a name in router.tools.registry
-    reasoning_parser: str = "none"  # none, or a name in router.reasoning.registry
-    policy: str = "prefix"  # a name in policy.POLICIES
+    tool_parser: str = "hermes"  # a name in router.answers.tools.registry
+    reasoning_parser: str = "none"  # none, or a name in router.answers.reasoning.registry
+    policy: str = "prefix"  # a name in router.relay.policy.POLICIES
     max_queue: int = 1024  # requests that wait for their first token, over all workers; past it they are refused
     request_timeout_s: float | None = None  # longest a request may take, whatever it asks for
     drain_s: float = 5.0  # how long requests in flight may finish on shutdown

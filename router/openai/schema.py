@@ -7,15 +7,25 @@ as vLLM does, with a line in the debug log.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
 
 from afd.errors import RequestError
 from router.answers.tools.fields import ToolCall, ToolFields
-from router.openai.fields import LogitBias, TokenId, read_json
+from router.openai.fields import AllowedIds, LogitBias, StopIds, read_json, shown
 from router.openai.structured import Structured
 
 log = logging.getLogger(__name__)
@@ -25,6 +35,12 @@ MAX_CHOICES = 1024  # prompts times n
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_STOP_CHARS = 4096
+MAX_MESSAGES = 1 << 14
+MAX_PROMPT_IDS = 1 << 21  # in all prompts of a request together
+READ_HERE_BYTES = 64 << 10  # a longer body is read on another thread
+_READING = ThreadPoolExecutor(2, "reads bodies")
 _TIMEOUT = (
     "Seconds from when the request is sent to a worker, the wait in its queue included, to the end of the answer; then "
     "it ends with 504, or a stream with an error. Also the header X-Request-Timeout, where this is not given. The "
@@ -77,6 +93,8 @@ def _stops(value: object) -> object:
         raise ValueError("must be a string or a list of strings")
     if len(stops) > MAX_STOPS or not all(stops):
         raise ValueError(f"must hold at most {MAX_STOPS} strings, none of them empty")
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise ValueError(f"must hold strings of at most {MAX_STOP_CHARS} characters")
     return stops
 
 
@@ -90,6 +108,8 @@ def _prompt(value: object) -> object:
     if all(isinstance(prompt, str) for prompt in prompts):
         return prompts
     if all(isinstance(ids, list) and all(type(token) is int for token in ids) for ids in prompts):
+        if (num_ids := sum(map(len, prompts))) > MAX_PROMPT_IDS:
+            raise ValueError(f"must hold at most {MAX_PROMPT_IDS} token ids, and has {num_ids}")
         return prompts
     raise ValueError("must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
 
@@ -104,11 +124,17 @@ def _text(value: object) -> object:
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise ValueError(f"holds a part of type {kind!r}; this server takes only parts of type 'text'")
+            raise ValueError(f"holds a part of type {shown(kind)}; this server takes only parts of type 'text'")
         if not isinstance(part.get("text"), str):
             raise ValueError("holds a text part whose 'text' is not a string")
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+BadWords = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]],
+    Field(fail_fast=True, max_length=MAX_BAD_WORDS),
+]
 
 
 class _Body(BaseModel):
@@ -122,7 +148,7 @@ class StreamOptions(_Body):
 
 class Message(BaseModel):
     """One turn. Fields that answers carry and clients send back (refusal, annotations, …) are not looked at. Where an
-    assistant calls tools, content may be missing."""
+    assistant calls tools, content may be missing, and null is empty: so answers without a word come back."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
@@ -130,13 +156,15 @@ class Message(BaseModel):
     content: Annotated[str, BeforeValidator(_text)]
     name: str | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _calls_need_no_content(cls, data: object) -> object:
-        if isinstance(data, dict) and data.get("tool_calls") and data.get("content") is None:
+        if not isinstance(data, dict) or data.get("content") is not None:
+            return data
+        if data.get("tool_calls") or (data.get("role") == "assistant" and "content" in data):
             return {**data, "content": ""}
         return data
 
@@ -160,21 +188,21 @@ class _Generation(_Body, Structured):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Annotated[list[str], BeforeValidator(_stops)] = Field(default_factory=list)
-    stop_token_ids: list[TokenId] | None = None
+    stop_token_ids: StopIds | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     logit_bias: LogitBias = None
-    allowed_token_ids: list[TokenId] | None = None
-    bad_words: list[Annotated[str, Field(min_length=1)]] | None = Field(None, max_length=MAX_BAD_WORDS)
+    allowed_token_ids: AllowedIds | None = None
+    bad_words: BadWords | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
-    # How the request is served (router.terms).
+    # How the request is served (router.relay.terms).
     timeout: float | None = Field(None, gt=0, description=_TIMEOUT)
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     user: str | None = None
@@ -213,7 +241,7 @@ class _Generation(_Body, Structured):
 class ChatPrompt(_Body, ToolFields):
     """Messages and tools, and how they become a prompt."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None
@@ -240,7 +268,7 @@ class ChatRequest(_Generation, ChatPrompt):
 class CompletionRequest(_Generation):
     """POST /v1/completions."""
 
-    prompt: Annotated[Prompt, BeforeValidator(_prompt)]
+    prompt: Annotated[Prompt, PlainValidator(_prompt)]  # looks at all of it; once is enough
     add_special_tokens: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=MAX_N)
@@ -262,13 +290,22 @@ class CompletionRequest(_Generation):
 Request = ChatRequest | CompletionRequest
 R = TypeVar("R", ChatRequest, CompletionRequest)
 B = TypeVar("B", bound=BaseModel)
+T = TypeVar("T")
 
 
 def parse(kind: type[R], raw: bytes) -> R:
-    """Reads a request body. Raises RequestError naming the field at fault."""
+    """Reads a request body; `reading` says where to. Raises RequestError naming the field at fault."""
     request = validate(kind, _implemented(json_object(raw), kind))
     _check_together(request)
     return request
+
+
+async def reading(read: Callable[[], T], raw: bytes) -> T:
+    """`read()`, which reads `raw`: here if it is short, else on another thread, so that streams keep flowing. Few at a
+    time, since every thread that computes keeps the event loop waiting for its turn."""
+    if len(raw) <= READ_HERE_BYTES:
+        return read()
+    return await asyncio.get_running_loop().run_in_executor(_READING, read)
 
 
 def json_object(raw: bytes) -> dict[str, object]:
@@ -318,7 +355,7 @@ def _check_together(request: Request) -> None:
         raise RequestError("stream_options is only for requests with stream: true", param="stream_options")
     if isinstance(request, ChatRequest):
         request.check_choice()
-    if isinstance(request, ChatRequest) and request.top_logprobs is not None and not request.logprobs:
+    if isinstance(request, ChatRequest) and request.top_logprobs and not request.logprobs:
         raise RequestError("top_logprobs is only for requests with logprobs: true", param="top_logprobs")
     num_prompts, n = 1, request.n or 1
     if isinstance(request, CompletionRequest):
@@ -346,13 +383,12 @@ def _check_completion(request: CompletionRequest) -> None:
 
 def _explain(error: ValidationError) -> RequestError:
     """The first thing wrong, as a sentence."""
-    item = error.errors(include_url=False)[0]
+    item = error.errors(include_url=False)[0]  # there are few: long lists end with their first (fail_fast)
     place = ""
     for part in item["loc"]:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+        place += f"[{part}]" if isinstance(part, int) else f".{part:.80}" if place else f"{part:.80}"
     if item["type"] == "missing":
         return RequestError(f"{place} is missing", param=place, code="missing_required_parameter")
-    value = repr(item["input"])
-    value = value if len(value) <= 60 else f"{value[:57]}..."
+    value = shown(item["input"])
     problem = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return RequestError(f"{place} is {value}: {problem[:1].lower()}{problem[1:]}", param=place, code="invalid_value")

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import orjson
 from llguidance import LLMatcher
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from afd import grammar as rules
 from afd.errors import RequestError
@@ -43,11 +43,21 @@ def _schema(value: object) -> object:
 
 
 JsonSchema = Annotated[dict[str, object] | bool, BeforeValidator(_schema)]
-Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES)]
+Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_CHOICES)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, data: object) -> object:
+        """Every unknown key is an error; the first is enough."""
+        if not isinstance(data, dict) or len(data) <= len(cls.model_fields):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        unknown = next(key for key in data if key not in known)
+        return {key: data[key] for key in (*known, unknown) if key in data}
 
 
 class _NamedSchema(_Part):
@@ -142,7 +152,9 @@ def _answers(
     if regex is not None:
         answers.append(Answer(_regex(regex), f"{prefix}regex"))
     if choice is not None:
-        answers.append(Answer({"lark_grammar": f"start: {' | '.join(map(quoted, choice))}"}, f"{prefix}choice"))
+        answers.append(
+            Answer({"lark_grammar": f"start: CHOICE\nCHOICE: {' | '.join(map(quoted, choice))}"}, f"{prefix}choice")
+        )
     if grammar is not None:
         answers.append(Answer({"lark_grammar": grammar}, f"{prefix}grammar"))
     return answers
@@ -176,17 +188,16 @@ def _spaced(grammar: Json) -> Json:
 async def check(grammar: str, params: Mapping[str, str], grammars: Mapping[str, Json], whole: str) -> None:
     """Raises RequestError for the first of `grammars` that is not valid, which comes from the field that `params` has
     under its name, or for the `grammar` of which they are parts, and which comes from the field `whole`."""
-    parts = [(params[name], compose(f"start: @{name}", {name: part})) for name, part in grammars.items()]
-
     until = time.monotonic() + _CHECK_S
     too_long = f"checking it takes longer than {_CHECK_S:g} s; make it simpler"
 
     def find() -> tuple[str, str]:
-        for param, part in [*parts, (whole, grammar)]:
+        for name, part in [*grammars.items(), (whole, None)]:
             if time.monotonic() > until:  # nobody waits for it any more
                 return whole, too_long
-            if problem := rules.problem(part):
-                return param, problem
+            text = grammar if part is None else compose(f"start: @{name}", {name: part})
+            if problem := rules.problem(text):
+                return whole if part is None else params[name], problem
         return "", ""
 
     try:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from router.openai.fields import TokenId
 from router.openai.responses import Json
-from router.openai.schema import ChatPrompt, json_object, validate
+from router.openai.schema import ChatPrompt, json_object, reading, validate
 from router.relay.jobs import Jobs
 from router.text.tokenizer import off_loop
 
@@ -39,7 +40,12 @@ class Detokenize(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     model: str | None = None
-    tokens: list[TokenId] = Field(max_length=1 << 21)
+    tokens: Annotated[list[TokenId], Field(fail_fast=True, max_length=1 << 21)]
+
+
+def _read(raw: bytes) -> TokenizePrompt | TokenizeChat:
+    fields = json_object(raw)
+    return validate(TokenizeChat, fields) if "messages" in fields else validate(TokenizePrompt, fields)
 
 
 class Tokenization:
@@ -51,18 +57,18 @@ class Tokenization:
 
     async def tokenize(self, raw: bytes) -> Json:
         """Raises RequestError."""
-        fields = json_object(raw)
-        body: TokenizePrompt | TokenizeChat
-        if "messages" in fields:
-            body = validate(TokenizeChat, fields)
-            _, ids = await self._jobs.chat_prompt(body)
+        body = await reading(lambda: _read(raw), raw)
+        if isinstance(body, TokenizeChat):
+            _, ids = await self._jobs.chat_prompt(body, len(raw))
         else:
-            body = validate(TokenizePrompt, fields)
             prompt, special = body.prompt, body.add_special_tokens is not False
-            ids = await off_loop(lambda: self._jobs.tokenizer.encode(prompt, special=special), len(prompt))
+            ids = await self._jobs.text(prompt, len(raw), special=special)
         if body.model is not None:
             self._check_model(body.model)
-        strings = [self._jobs.tokenizer.piece(i) for i in ids] if body.return_token_strs else None
+        wants_strings = bool(body.return_token_strs)
+        strings = await off_loop(
+            lambda: [self._jobs.tokenizer.piece(i) for i in ids] if wants_strings else None, len(raw)
+        )
         return {
             "count": len(ids),
             "max_model_len": self._jobs.max_context,
@@ -72,7 +78,7 @@ class Tokenization:
 
     async def detokenize(self, raw: bytes) -> Json:
         """Raises RequestError."""
-        body = validate(Detokenize, json_object(raw))
+        body = await reading(lambda: validate(Detokenize, json_object(raw)), raw)
         if body.model is not None:
             self._check_model(body.model)
         self._jobs.check_vocabulary(body.tokens, "tokens")

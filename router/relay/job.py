@@ -21,9 +21,8 @@ class Job:
     n: int
     rules: TextRules = field(default_factory=TextRules)
     terms: Terms = field(default_factory=Terms)
-    best: int | None = None  # of the n choices of a prompt, so many are answers (router.best); None: all
+    best: int | None = None  # of the n choices of a prompt, so many are answers (router.answers.best); None: all
     echoes: tuple[str, ...] = ()  # per prompt, the text that its answers begin with
-
     grammar: str = ""  # of every choice
 
     @property

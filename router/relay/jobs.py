@@ -19,6 +19,7 @@ from router.settings import RouterSettings
 from router.text.chat import ChatTemplate
 from router.text.tokenizer import Tokenizer, off_loop
 
+MAX_TEXT_BYTES = 4 << 20  # of a text that is tokenized for its own sake
 _COMPLETION_TOKENS = 16  # what /v1/completions generates when the client does not say, as at OpenAI
 
 
@@ -42,14 +43,39 @@ class Jobs:
         """Tokens, prompt and answer together, of the longest request served now."""
         return self._pool.max_context(self._settings.max_context)
 
-    async def chat(self, job_id: str, request: ChatRequest) -> Job:
-        """Raises RequestError. The answer may by default take the rest of the context."""
-        text, ids = await self.chat_prompt(request)
-        plan = await self._answers.chat(request, text)
-        return self._job(job_id, request, [ids], "messages", self._settings.max_context, plan)
+    async def chat(self, job_id: str, request: ChatRequest, num_bytes: int) -> Job:
+        """`num_bytes`: how long the request's body was. The answer may by default take the rest of the context.
 
-    async def chat_prompt(self, request: ChatPrompt) -> tuple[str, list[int]]:
-        """What the chat template makes of the messages, as text and as token ids. Raises RequestError."""
+        Raises RequestError."""
+        most = self._most_bytes(request)
+        text, ids = await self.chat_prompt(request, num_bytes, most)
+        plan = await self._answers.chat(request, text, num_bytes)
+        context = self.max_context
+        return await off_loop(
+            lambda: self._job(job_id, request, [ids], "messages", self._settings.max_context, plan, context), num_bytes
+        )
+
+    def _most_bytes(self, request: Request) -> int | None:
+        """Of a prompt that could be served; None: that is known once it is tokens."""
+        longest = self.tokenizer.most_token_bytes
+        return None if longest is None or request.truncate_prompt_tokens is not None else longest * self.max_context
+
+    def _encode(self, text: str, param: str, most_bytes: int | None, *, special: bool) -> list[int]:
+        """Raises RequestError for text that cannot have so few tokens as the context, before it makes work."""
+        if most_bytes is not None and len(text) * 4 > most_bytes and (size := len(text.encode())) > most_bytes:
+            raise RequestError(
+                f"{param} has {size} bytes of text, but this server's context has room for {most_bytes} at most; "
+                f"shorten {param}",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return self.tokenizer.encode(text, special=special)
+
+    async def chat_prompt(
+        self, request: ChatPrompt, num_bytes: int, most_bytes: int | None = MAX_TEXT_BYTES
+    ) -> tuple[str, list[int]]:
+        """What the chat template makes of the messages, as text of at most `most_bytes` and as token ids. `num_bytes`:
+        how long the request's body was. Raises RequestError."""
         source = request.chat_template
         if source is not None and not self._settings.trust_request_chat_template:
             raise RequestError(
@@ -63,9 +89,9 @@ class Jobs:
             raise RequestError(message, param="continue_final_message")
 
         template = self._template if source is None else self._template.with_source(source)
-        offered = [tool.for_model() for tool in request.offered_tools] if template.knows_tools else []
 
         def tokenize() -> tuple[str, list[int]]:
+            offered = [tool.for_model() for tool in request.offered_tools] if template.knows_tools else []
             messages = conversation.messages(request, self._answers.tools, template_knows_tools=template.knows_tools)
             variables = request.chat_template_kwargs or {}
             if request.continue_final_message:
@@ -75,26 +101,29 @@ class Jobs:
                 text = template.render(
                     messages, add_generation_prompt=generates, tools=offered or None, variables=variables
                 )
-            return text, self.tokenizer.encode(text, special=bool(request.add_special_tokens))
+            return text, self._encode(text, "messages", most_bytes, special=bool(request.add_special_tokens))
 
-        num_chars = sum(len(message.content) for message in request.messages) + len(str(request.offered_tools))
-        return await off_loop(tokenize, num_chars)
+        return await off_loop(tokenize, num_bytes)
 
-    async def completion(self, job_id: str, request: CompletionRequest) -> Job:
-        """Raises RequestError."""
-        special = request.add_special_tokens is not False
+    async def text(self, prompt: str, num_bytes: int, *, special: bool) -> list[int]:
+        """The token ids of a text by itself. Raises RequestError."""
+        return await off_loop(lambda: self._encode(prompt, "prompt", MAX_TEXT_BYTES, special=special), num_bytes)
+
+    async def completion(self, job_id: str, request: CompletionRequest, num_bytes: int) -> Job:
+        """`num_bytes`: how long the request's body was. Raises RequestError."""
+        special, most, context = request.add_special_tokens is not False, self._most_bytes(request), self.max_context
 
         def token_ids(prompt: str | list[int]) -> list[int]:
             if isinstance(prompt, str):
-                return self.tokenizer.encode(prompt, special=special)
+                return self._encode(prompt, "prompt", most, special=special)
             self.check_vocabulary(prompt, "prompt")
             return prompt
 
-        prompts = await off_loop(
-            lambda: [token_ids(prompt) for prompt in request.prompt], sum(map(len, request.prompt))
+        prompts = await off_loop(lambda: [token_ids(prompt) for prompt in request.prompt], num_bytes)
+        plan = await self._answers.completion(request, num_bytes)
+        job = await off_loop(
+            lambda: self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS, plan, context), num_bytes
         )
-        plan = await self._answers.completion(request)
-        job = self._job(job_id, request, prompts, "prompt", _COMPLETION_TOKENS, plan)
         num_best = max(request.best_of or 0, job.n)
         job = replace(job, n=num_best, best=job.n) if num_best > job.n else job
         if not request.echo:
@@ -118,13 +147,19 @@ class Jobs:
             raise RequestError(message, param=param, code="invalid_token_id")
 
     def _job(
-        self, job_id: str, request: Request, prompts: list[list[int]], param: str, default_tokens: int, plan: Plan
+        self,
+        job_id: str,
+        request: Request,
+        prompts: list[list[int]],
+        param: str,
+        default_tokens: int,
+        plan: Plan,
+        context: int,
     ) -> Job:
         self.check_vocabulary(request.stop_token_ids or (), "stop_token_ids")
         self.check_vocabulary(request.allowed_token_ids or (), "allowed_token_ids")
         self.check_vocabulary(request.logit_bias or (), "logit_bias")
         bad_words = self.tokenizer.spellings(request.bad_words or ())
-        context = self.max_context
         sampling = []
         if (wanted := request.truncate_prompt_tokens) is not None:
             prompts = [_end_of(ids, wanted, context - (request.token_limit or 1)) for ids in prompts]

@@ -16,7 +16,7 @@ TIMEOUT_HEADER = "x-request-timeout"
 @dataclass(frozen=True, slots=True)
 class Terms:
     """`timeout_s` counts from the moment the request is sent to a worker; None: it may take as long as it takes.
-    `session`: see router.policy; `priority` and `cache_salt`: see afd.types.GenerateRequest."""
+    `session`: see router.relay.policy; `priority` and `cache_salt`: see afd.types.GenerateRequest."""
 
     timeout_s: float | None = None
     priority: int = 0

@@ -25,10 +25,13 @@ class UpToTag:
         self._held = buffer[len(certain) :]
         return certain, None, ""
 
-    def flush(self) -> str:
-        """What is still held back, when no more comes."""
+    def flush(self, *, tag_expected: bool = False) -> str:
+        """What is still held back, when no more comes. `tag_expected`: what may be the beginning of a tag is one, which
+        was cut off, and is dropped."""
         held, self._held = self._held, ""
-        return held
+        return (
+            held[: len(held) - begun(held, self._tags)].rstrip() if tag_expected and begun(held, self._tags) else held
+        )
 
 
 def begun(buffer: str, tags: Sequence[str]) -> int:

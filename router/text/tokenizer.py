@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tokenizers
 
@@ -15,6 +15,8 @@ from afd.errors import CheckpointError
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BLOCKING_CHARS = 4096  # about 2 ms of encoding; longer text is encoded on another thread
+
+_NFC_SHRINKS = 3  # times, at most, that a text in UTF-8 gets shorter by it
 
 T = TypeVar("T")
 
@@ -38,15 +40,33 @@ class Tokenizer:
         self._added = self._tokenizer.get_added_tokens_decoder()
         self._special_ids = {str(token.content): i for i, token in self._added.items() if token.special}
         self._special = frozenset(self._special_ids)
+        self.most_token_bytes = self._most_token_bytes(json.loads(text))
+
+    def _most_token_bytes(self, config: dict[str, Any]) -> int | None:
+        """The most bytes of a text that one token can stand for; None: no such number is known, since what is done to
+        the text before may drop some of it, or since one unknown token stands for many characters."""
+        normalizer = (config.get("normalizer") or {}).get("type")
+        drops = '"Removed"' in json.dumps(config.get("pre_tokenizer"))
+        strips = any(token.lstrip or token.rstrip for token in self._added.values())
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        whole = all(char in vocabulary for char in _BYTE_OF)
+        if not self.joins_bytes or normalizer not in (None, "NFC") or drops or strips or not whole:
+            return None
+        return max(map(len, map(self.token_bytes, vocabulary.values()))) * (_NFC_SHRINKS if normalizer else 1)
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Token ids of `text`. `special` adds what the model wants around every text (BOS and the like); special
         tokens written out in the text are recognised either way."""
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        if len(text) <= _BLOCKING_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens=special).ids
+        # Unlike the other, lets go of Python's lock.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Text, without special tokens unless `special`; U+FFFD stands for bytes that are no character."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=not special)
+        if len(token_ids) <= _BLOCKING_CHARS:
+            return self._tokenizer.decode(token_ids, skip_special_tokens=not special)
+        return self._tokenizer.decode_batch([token_ids], skip_special_tokens=not special)[0]
 
     def piece(self, token_id: int) -> str:
         """A token as the vocabulary has it; "" for an id the tokenizer does not have."""
@@ -114,7 +134,8 @@ _BYTE_OF = _byte_alphabet()
 
 
 async def off_loop(work: Callable[[], T], num_chars: int) -> T:
-    """Runs `work` here when `num_chars` of text make it short, else on another thread, so that streams keep flowing."""
+    """Runs `work` here when `num_chars` (or bytes) of text make it short, else on another thread, so that streams keep
+    flowing."""
     if num_chars <= _BLOCKING_CHARS:
         return work()
     return await asyncio.get_running_loop().run_in_executor(None, work)

@@ -44,8 +44,9 @@ class CallParser(ABC):
         """What `text` makes certain."""
 
     @abstractmethod
-    def flush(self) -> Parsed:
-        """What is left, when no more comes."""
+    def flush(self, *, forced: bool = False) -> Parsed:
+        """What is left, when no more comes. The beginning of a tag at the end is text, unless calls are `forced`, or
+        some have come already: then it is a call, cut off."""
 
 
 @dataclass(frozen=True, slots=True)

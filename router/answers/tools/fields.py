@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from afd.errors import RequestError
-from router.openai.fields import read_json
+from router.openai.fields import read_json, shown
 
 MAX_TOOLS = 128
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
@@ -87,7 +87,7 @@ def _choice(value: object) -> object:
     return value
 
 
-Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
+Tools = Annotated[list[Tool], Field(fail_fast=True, max_length=MAX_TOOLS)]
 ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool, BeforeValidator(_choice)]
 
 
@@ -125,6 +125,6 @@ class ToolFields(BaseModel):
             raise RequestError("tool_choice asks for a call, but tools is empty", param="tool_choice")
         if self.named_tool is not None and self.named_tool not in names:
             raise RequestError(
-                f"tool_choice names the function {self.named_tool!r}, but tools has {', '.join(names)}",
+                f"tool_choice names the function {shown(self.named_tool)}, but tools has {', '.join(names)}",
                 param="tool_choice",
             )

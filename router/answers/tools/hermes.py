@@ -32,10 +32,10 @@ class HermesParser(CallParser):
             text = self._state(parsed, text)
         return parsed
 
-    def flush(self) -> Parsed:
+    def flush(self, *, forced: bool = False) -> Parsed:
         parsed = Parsed()
         if self._state == self._content:
-            parsed.content = self._text.flush()
+            parsed.content = self._text.flush(tag_expected=forced or self._calls > 0)
         elif self._state == self._head:
             begun = self._body.strip()[:1] in ("", "{")  # the head of a call, cut off, is not for anybody to read
             self._whole_call(parsed, self._body, "" if begun else f"{_OPEN}{self._body}")

@@ -46,8 +46,9 @@ class Step3Parser(CallParser):
             text = self._state(parsed, text)
         return parsed
 
-    def flush(self) -> Parsed:
-        return Parsed(self._text.flush() if self._state == self._content else "")
+    def flush(self, *, forced: bool = False) -> Parsed:
+        expected = forced or self._calls > 0
+        return Parsed(self._text.flush(tag_expected=expected) if self._state == self._content else "")
 
     def _content(self, parsed: Parsed, text: str) -> str:
         certain, tag, rest = self._text.push(text)

@@ -115,6 +115,21 @@ def test_a_request_becomes_a_grammar_that_takes_the_right_answers(router, worker
     assert [text for text in wrong if takes(llg, grammar, text)] == []
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+def test_as_many_choices_as_there_may_be_can_be_followed(router, worker, llg, path) -> None:
+    prompt = {"messages": CHAT} if "chat" in path else {"prompt": "hi"}
+    body = {"model": MODEL, **prompt, "guided_choice": [f"c{i}" for i in range(4097)]}
+    error = router.http.post(f"/v1/{path}", json=body).json()["error"]
+    assert error["param"] == "guided_choice"
+    assert "4096" in error["message"]
+    body["guided_choice"].pop()
+    response = router.http.post(f"/v1/{path}", json=body)
+    assert response.status_code == 200, response.text
+    grammar, _ = sent(worker)
+    assert takes(llg, grammar, "c4095")
+    assert not takes(llg, grammar, "c4096")
+
+
 def test_a_request_without_such_fields_has_no_grammar(router, worker) -> None:
     ask(router, tools=[TOOL], response_format={"type": "text"})
     assert sent(worker)[0] == ""
@@ -216,6 +231,25 @@ def test_an_answer_cut_off_in_a_call_says_so(router, worker, say) -> None:
     (choice,) = ask(router, tools=[TOOL], max_tokens=len(worker.script.token_ids) - 20)
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"]["name"] == "weather"
+
+
+@pytest.mark.parametrize("said", ["<tool_call", "<", f"{CALL}\n<tool"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_cut_off_in_its_tag_is_not_content(router, worker, say, said, stream) -> None:
+    worker.script = say(said, "length")
+    if stream:
+        deltas = [choice["delta"] for choice in chunks(router, tools=[TOOL], tool_choice="required")]
+        assert not any(delta.get("content") for delta in deltas)
+    else:
+        (choice,) = ask(router, tools=[TOOL], tool_choice="required")
+        assert not choice["message"]["content"]
+        assert choice["finish_reason"] == "length"
+
+
+def test_text_that_only_looks_like_a_tag_stays_content_where_nobody_has_to_call(router, worker, say) -> None:
+    worker.script = say("a <tool", "length")
+    (choice,) = ask(router, tools=[TOOL])
+    assert choice["message"]["content"] == "a <tool"
 
 
 def test_reasoning_has_a_field_of_its_own(start, settings, worker, say) -> None:

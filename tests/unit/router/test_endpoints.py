@@ -94,3 +94,18 @@ def test_the_document_says_which_routes_want_a_key(start, settings, worker):
 @pytest.mark.parametrize("path", ["/docs", "/redoc"])
 def test_no_page_is_served_that_loads_its_parts_from_elsewhere(router, path):
     assert router.http.get(path).status_code == 404
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/"])
+def test_load_balancers_may_ask_with_head(router, path):
+    asked = router.http.get(path)
+    response = router.http.head(path)
+    assert (response.status_code, response.content) == (asked.status_code, b"")
+    assert response.headers["content-length"] == asked.headers["content-length"]
+    assert "head" not in router.http.get("/openapi.json").json()["paths"].get(path, {})
+
+
+def test_what_asks_for_nothing_is_taken(router):
+    messages = [*CHAT, {"role": "assistant", "content": None}, *CHAT]
+    body = {"model": "tiny", "messages": messages, "logprobs": False, "top_logprobs": 0}
+    assert router.http.post("/v1/chat/completions", json=body).status_code == 200

@@ -148,7 +148,7 @@ def test_a_bad_field_of_completions_is_named(router, fields, param, word):
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "string"),
         ({"messages": IMAGE}, "messages[0].content", "image_url"),
         ({"messages": [{**CHAT[0], "tool_calls": [{}]}]}, "messages[0].tool_calls[0].function", "missing"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "messages[0].content", "None"),
+        ({"messages": [{"role": "assistant"}]}, "messages[0].content", "missing"),
         ({"messages": [call("{")]}, "messages[0].tool_calls[0].function.arguments", "JSON object"),
         ({"messages": [call("[]")]}, "messages[0].tool_calls[0].function.arguments", "JSON object"),
         ({"tools": [{}]}, "tools[0].type", "missing"),
@@ -159,6 +159,7 @@ def test_a_bad_field_of_completions_is_named(router, fields, param, word):
         ({"tool_choice": "required"}, "tool_choice", "tools is empty"),
         ({"tools": [tool("f", {"type": "objec"})], "tool_choice": "required"}, "tools", "objec"),
         ({"logprobs": 3}, "logprobs", "3"),
+        ({"logprobs": False, "top_logprobs": 1}, "top_logprobs", "logprobs: true"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "0"),
@@ -316,7 +317,7 @@ def test_a_refusal_by_the_engine_is_the_clients_error(router, worker, stream):
 def test_a_bug_is_logged_with_the_request_and_told_as_500_and_the_server_goes_on(router, monkeypatch, caplog):
     jobs = router.gateway._relay.jobs
 
-    async def broken(job_id, body):
+    async def broken(job_id, body, num_bytes):
         raise ZeroDivisionError("secret")
 
     with monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
