@@ -21,6 +21,7 @@ import pytest
 from afd.cluster import local
 from afd.cluster.controller import Controller
 from afd.config import Deployment
+from afd.credentials import Credentials
 from router.app import RouterSettings, Server, bind
 from router.relay import pool
 from router.relay.pool import Pool
@@ -28,6 +29,7 @@ from router.telemetry.counts import Count
 from tests import tiny
 
 MODEL = "tiny"
+CREDENTIALS = Credentials("shown-by-this-test-alone")
 CUT_EVERY = 120  # tokens, over all requests
 SECONDS = 60.0
 
@@ -67,7 +69,7 @@ class Running:
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     model = tiny.write(tmp_path_factory.mktemp("models") / MODEL)
     deployment = Deployment(model=str(model), topology="3A1F", dtype="fp32").with_flags({"transport.kind": "inproc"})
-    with local.cluster(deployment) as cluster:
+    with local.cluster(deployment, credentials=CREDENTIALS) as cluster:
         assert cluster.wait_ready(SECONDS)
         settings = RouterSettings(
             MODEL,
@@ -77,6 +79,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             tokenizer_config=json.loads((model / "tokenizer_config.json").read_text()),
             policy="round_robin",
             poll_s=0.02,
+            credentials=CREDENTIALS,
         )
         ready: queue.Queue[str] = queue.Queue()
         server = Server(settings, cluster.view, bind("127.0.0.1", 0), on_ready=ready.put)
@@ -200,20 +203,22 @@ def test_answers_do_not_show_that_connections_break(running: Running, monkeypatc
 
 ANOTHER_ROUTER = """
 import asyncio, sys
+from afd.credentials import Credentials
 from afd.rpc.attention_client import AttentionClient, Inbox
 from afd.types import GenerateRequest, SamplingParams
 
 async def main():
     inbox = Inbox()
-    for address in sys.argv[1:]:
-        client = await AttentionClient.connect(address, peer=address, deadline_s=20)
+    credentials, addresses = Credentials(sys.argv[1]), sys.argv[2:]
+    for address in addresses:
+        client = await AttentionClient.connect(address, peer=address, deadline_s=20, credentials=credentials)
         for i in range(4):
             sampling = SamplingParams(max_tokens=1000, ignore_eos=True)
             client.submit(GenerateRequest(f"{address} {i}", (1, 2, i), sampling), inbox)
     begun = set()
     while True:
         begun |= {output.request_id for output in await inbox.take() if output.tokens}
-        if len(begun) == 4 * len(sys.argv[1:]):
+        if len(begun) == 4 * len(addresses):
             print("begun", flush=True)
 
 asyncio.run(main())
@@ -224,7 +229,7 @@ def test_a_router_that_dies_takes_only_its_own_requests_along(running: Running) 
     body = {"model": MODEL, "prompt": "x", "seed": 1, "max_tokens": 600, "ignore_eos": True, "return_token_ids": True}
     undisturbed = ask(running.url, "completions", body)
     addresses = [worker.address for worker in running.cluster.view().workers if worker.address]
-    command = [sys.executable, "-c", ANOTHER_ROUTER, *addresses]
+    command = [sys.executable, "-c", ANOTHER_ROUTER, CREDENTIALS.token, *addresses]
     with ThreadPoolExecutor(1) as threads, subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "begun\n"
