@@ -211,6 +211,8 @@ class AttentionClient:
                 message = f"{self.peer} at {self.address} did not answer Status within {deadline_s:g} s"
                 raise PeerTimeout(message, peer=self.peer) from None
             raise secure.lost(error, self.peer, self.address) from None
+        except grpc.aio.UsageError:
+            raise PeerLost(f"the connection to {self.peer} was closed", peer=self.peer) from None
 
     def fail(self, sentence: str, refused: Refusal = "unavailable") -> None:
         """Ends every request in flight with an error output saying `sentence`, and takes no more. `refused` "": not

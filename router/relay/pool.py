@@ -140,7 +140,10 @@ class Pool:
 
     async def refresh(self) -> None:
         """Asks every usable worker for its status, at the same time; one that does not answer keeps its last."""
-        await asyncio.gather(*(self._ask(member, member.client) for member in self._members.values() if member.client))
+        asking = [self._ask(member, member.client) for member in self._members.values() if member.client]
+        for outcome in await asyncio.gather(*asking, return_exceptions=True):
+            if isinstance(outcome, Exception):  # not a cancellation: that connection was closed meanwhile
+                raise outcome
 
     async def _follow_view(self) -> None:
         while True:

@@ -285,10 +285,12 @@ def test_a_grpc_client_that_does_not_read_its_answers_is_cut_off(caplog: pytest.
 
             def requests() -> Iterator[bytes]:
                 yield hello_packet(hello)
-                for sequence in range(1000):
+                for sequence in range(100_000):  # as many as its buffers take, and more
                     if cut.wait(0.0005):
                         return
-                    dispatch = Frame(FrameKind.DISPATCH, HELLO.epoch, 5, 0, 0, 0, 0, sequence, len(y), y, None, None)
+                    microbatch = sequence % HELLO.microbatches
+                    identity = (HELLO.epoch, 5, 0, microbatch, 0, 0, sequence)
+                    dispatch = Frame(FrameKind.DISPATCH, *identity, len(y), y, None, None)
                     yield grpc_stream.wrap(encode(dispatch))
 
             call = channel.stream_stream(EXCHANGE)(requests())

@@ -20,7 +20,7 @@ from tests import tiny
 from tests.system.serving import Serving, serving, until
 
 MODEL = "tiny"
-STREAMS, TOKENS = 3, 300
+STREAMS, TOKENS = 3, 800
 FAULTS = {"killed": signal.SIGKILL, "frozen": signal.SIGSTOP}
 
 

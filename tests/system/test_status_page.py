@@ -48,8 +48,8 @@ def page() -> Iterator[chromium.Page]:
         yield page
 
 
-def serve(model: Path) -> AbstractContextManager[Serving]:
-    return serving(model, "--backend", "local", "--topology", "1A2F", "--dtype", "fp32")
+def serve(model: Path, *arguments: str) -> AbstractContextManager[Serving]:
+    return serving(model, *arguments, "--backend", "local", "--topology", "1A2F", "--dtype", "fp32")
 
 
 def generate(server: Serving, max_tokens: int) -> None:
@@ -139,8 +139,10 @@ def test_the_page_asks_only_while_it_is_looked_at(server: Serving, page: chromiu
 
 
 @pytest.mark.chromium
-def test_a_lost_worker_and_a_lost_server_are_told(model: Path, page: chromium.Page) -> None:
-    with serve(model) as server:
+def test_a_lost_worker_and_a_lost_server_are_told(model: Path, page: chromium.Page, tmp_path: Path) -> None:
+    once = tmp_path / "once.yaml"
+    once.write_text("cluster: {restarts: 0}\n")
+    with serve(model, str(once)) as server:
         page.open(server.url)
         page.until(f"{card('ffn 1')} !== null")
         os.kill(server.worker("ffn", 1)["pid"], signal.SIGKILL)
