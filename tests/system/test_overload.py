@@ -1,4 +1,4 @@
-"""Four times more requests than the server can answer, for AFD_OVERLOAD_S seconds; by default briefly."""
+"""Four times more requests than the server can answer, for OVERLOAD_S seconds; by default briefly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.bench.soak import overload
 
 pytestmark = pytest.mark.smollm2
 
-SECONDS = float(os.environ.get("AFD_OVERLOAD_S", "10"))
+SECONDS = float(os.environ.get("OVERLOAD_S", "10"))
 NOISE_S = 2.0  # what a busy machine may add to a deadline
 MOST_GROWN_MIB = 48
 
