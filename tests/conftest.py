@@ -18,15 +18,11 @@ ALONE = (
     "tests/unit/test_cli_bench.py",
 )
 
-# A Ray that this process starts after them takes their address for its own.
-LAST = "tests/system/test_two_hosts.py"
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(ALONE):
             item.add_marker(pytest.mark.alone)
-    items.sort(key=lambda item: item.nodeid.startswith(LAST))
 
 
 @pytest.fixture(autouse=True)

@@ -8,50 +8,21 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import secrets
-import shutil
-import signal
-import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
-# Ray reads these while it is imported. Its own defaults report usage over the network, colour and merge log lines, give
-# actors a lower priority than everything else, and kill them (the controller first) when other programs take memory.
-# ruff: noqa: E402
-for _name in (
-    "RAY_USAGE_STATS_ENABLED",
-    "RAY_DEDUP_LOGS",
-    "RAY_COLOR_PREFIX",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
-    "RAY_worker_niceness",
-    "RAY_memory_monitor_refresh_ms",
-):
-    os.environ.setdefault(_name, "0")
-if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:  # a Ray of our own; in its actors Ray is there
-    # Despite its name, on every system: at "0" Ray takes 127.0.0.1 for this machine's address, and all its processes
-    # listen there alone. (It resolves the argument of ray.init that is meant for this to an outer address.)
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    # It answers only who has the token, which is in no file: this process and its children hold it.
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-
-import ray
-from ray.exceptions import ActorDiedError, OutOfMemoryError, RayError
-
-from afd import env
 from afd.cluster.controller import Controller, new_epoch
 from afd.cluster.host import Handle, Host, settle
-from afd.cluster.placement import demand, shortage
+from afd.cluster.ray_core import ActorDiedError, OutOfMemoryError, list_named_actors, ray
 from afd.cluster.ray_nodes import beside_me, bound, num_alive
 from afd.cluster.ray_process import end_process
 from afd.cluster.ray_servant import RayServant, RayWorker
+from afd.cluster.ray_session import session
 from afd.cluster.roles import Roles
 from afd.cluster.servant import Outcome
 from afd.config import Deployment, Resources
@@ -62,14 +33,10 @@ from afd.types import ClusterView
 
 log = logging.getLogger(__name__)
 
-_RAY_ERRORS = (RayError, ConnectionError, RuntimeError, OSError, ValueError)  # of ray.init
-
 CONTROLLER = "afd-controller-"  # and the epoch: what a run's controller is called in Ray
 LIFE = " life "  # between a worker's name and what tells its lives apart, in the name of its actor
 CALLS_AT_ONCE = 8  # start or stop may take long; status must get through meanwhile
-OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; calls here are a few hundred bytes
 END_S = 3.0  # for a killed actor to be gone
-STARTS = 2  # of a Ray of our own: now and then one of its processes hangs while it starts
 ASK_S = 10.0  # longest wait for the controller's answer
 WATCH_S = 0.2  # how often the controller is asked for the view
 
@@ -152,7 +119,7 @@ class RayHost(Host):
 def _workers() -> list[tuple[str, Any]]:
     """Every worker of this run that lives, by the name of its actor."""
     found = []
-    for name in ray.util.list_named_actors():
+    for name in list_named_actors():
         with suppress(ValueError):  # it went meanwhile
             found.append((name, ray.get_actor(name)))
     return [(name, actor) for name, actor in found if LIFE in name]
@@ -271,91 +238,3 @@ def cluster(
             yield running
         finally:
             running.stop(0.0)
-
-
-@contextmanager
-def session(deployment: Deployment) -> Iterator[None]:
-    """Ray, initialised for this process: the cluster at RAY_ADDRESS, or one that lives as long as the block and is big
-    enough for `deployment`. Raises ClusterError as `cluster` does."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    with joined(address) if address else _own(deployment):
-        short = shortage(deployment, ray.cluster_resources())
-        if short and not address:
-            raise ClusterError(short)
-        if short:
-            log.warning("%s; waiting for the Ray cluster to grow, for at most cluster.start_s", short)
-        yield
-
-
-@contextmanager
-def joined(address: str) -> Iterator[None]:
-    """The Ray cluster at `address`, for this process. Raises ClusterError."""
-    try:
-        _join(address)
-    except _RAY_ERRORS as error:
-        raise ClusterError(f"the Ray cluster at RAY_ADDRESS={address} cannot be joined: {_short(error)}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-@contextmanager
-def _own(deployment: Deployment) -> Iterator[None]:
-    folder = ""
-    for tries_left in reversed(range(STARTS)):
-        folder = tempfile.mkdtemp(prefix="afd-ray-", dir="/tmp")  # short: sockets lie deep below, with 107 characters
-        try:
-            _start(deployment, folder)
-            break
-        except _RAY_ERRORS as error:
-            _sweep(folder)
-            if not tries_left:
-                raise ClusterError(f"Ray cannot start: {_short(error)}") from error
-            log.warning("Ray did not start, and is started again: %s", _short(error))
-    try:
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sweep(folder: str) -> None:
-    """Ends what a start that failed has left: Ray itself forgets the processes of a node that it could not complete."""
-    ray.shutdown()
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if os.fsencode(folder) in entry.read_bytes():
-                os.kill(pid := int(entry.parent.name), signal.SIGKILL)
-                os.waitpid(pid, 0)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _start(deployment: Deployment, folder: str) -> None:
-    """A Ray on this machine alone, with as many logical CPUs as the workers reserve, whatever the machine has."""
-    with env.without_secrets():
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            num_cpus=math.ceil(demand(deployment).get("CPU", 0.0)) or 1,
-            object_store_memory=OBJECT_STORE_BYTES,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            namespace=f"afd-{new_epoch()}",
-            _temp_dir=folder,
-        )
-
-
-def _join(address: str) -> None:
-    # No secrets: Ray shows and logs what is here.
-    settings = {name: value for name, value in env.for_children().items() if name in env.KNOWN}
-    ray.init(
-        address=address,
-        logging_level=logging.ERROR,
-        namespace=f"afd-{new_epoch()}",
-        runtime_env={"env_vars": settings},
-    )

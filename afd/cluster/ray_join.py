@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import ray
-from ray.exceptions import RayError
-from ray.util import list_named_actors
-
-from afd.cluster.ray_host import ASK_S, CONTROLLER, RayHandle, RayRun, joined
+from afd.cluster.ray_core import RayError, list_named_actors, ray
+from afd.cluster.ray_host import ASK_S, CONTROLLER, RayHandle, RayRun
+from afd.cluster.ray_session import joined
 from afd.config import Deployment
 from afd.credentials import Credentials
 from afd.errors import ClusterError

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ray
-from ray.util import get_node_ip_address
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
 from afd.cluster.placement import shortage
+from afd.cluster.ray_core import NodeAffinitySchedulingStrategy, get_node_ip_address, ray
 from afd.config import Deployment
 
 

@@ -9,9 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from afd.cluster.ray_core import NodeAffinitySchedulingStrategy, RayError, ray
 
 log = logging.getLogger(__name__)
 

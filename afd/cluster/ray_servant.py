@@ -7,10 +7,9 @@ import os
 import threading
 import time
 
-import ray
-
 from afd import log as logs
 from afd.cluster.host import this_node
+from afd.cluster.ray_core import ray
 from afd.cluster.ray_nodes import at_home
 from afd.cluster.servant import Outcome, Servant
 from afd.config import Deployment

@@ -260,7 +260,7 @@ class Pool:
                 f"{client.peer} at {client.address} is silent: for {self._silence_s:g} s (router.silence_s) it gave no "
                 f"token and did not say how it is"
             )
-        elif silent_s > self._deadline_s and member.worker.state != "recovering":
+        elif silent_s > self._deadline_s:
             client.fail(
                 f"{client.peer} at {client.address} gave no token and finished no step for {self._deadline_s:g} s "
                 f"(the router's deadline_s)"

@@ -38,7 +38,7 @@ TOKENS = 700
 
 @pytest.fixture(scope="module")
 def two() -> Iterator[Hosts]:
-    pytest.importorskip("ray")
+    pytest.importorskip("afd.cluster.ray_core")
     if reason := missing():
         if os.environ.get("REQUIRE_NAMESPACES"):
             pytest.fail(reason)

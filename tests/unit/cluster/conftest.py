@@ -17,8 +17,8 @@ from tests.unit.cluster.clusters import TOYS, OpenCluster
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray for all tests here."""
-    ray_host = pytest.importorskip("afd.cluster.ray_host")
-    with ray_host.session(Deployment().with_flags({"topology": "2A2F", "cluster.standby_ffn": 1})):
+    ray_session = pytest.importorskip("afd.cluster.ray_session")
+    with ray_session.session(Deployment().with_flags({"topology": "2A2F", "cluster.standby_ffn": 1})):
         yield
 
 

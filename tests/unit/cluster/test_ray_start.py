@@ -8,17 +8,17 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.ray
-pytest.importorskip("afd.cluster.ray_host")  # before Ray itself: what it sets, Ray reads at import
+pytest.importorskip("afd.cluster.ray_core")
 
 # Ray's own wait for its first process, cut to nothing: the try fails, and leaves that process behind.
 IMPATIENT = "RAY_gcs_server_port_wait_time_s"
 PROGRAM = f"""
 import os, psutil, sys
-from afd.cluster import ray_host
+from afd.cluster import ray_session
 from afd.config import Deployment
 
 impatient = int(sys.argv[1])
-begin = ray_host._start
+begin = ray_session._start
 
 def start(deployment, folder):
     global impatient
@@ -26,11 +26,11 @@ def start(deployment, folder):
     os.environ["{IMPATIENT}"] = "0" if impatient >= 0 else "60"
     begin(deployment, folder)
 
-ray_host._start = start
+ray_session._start = start
 try:
-    with ray_host.session(Deployment()):
+    with ray_session.session(Deployment()):
         print(sum("gcs_server" in process.name() for process in psutil.Process().children(recursive=True)), "running")
-except ray_host.ClusterError as error:
+except ray_session.ClusterError as error:
     print(len(psutil.Process().children()), "left:", error)
 """
 

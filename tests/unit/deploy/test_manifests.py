@@ -54,7 +54,7 @@ def test_deployment_files_load(name: str) -> None:
 
 
 def test_commands_of_the_readme_exist() -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("afd.cluster.ray_core")
     headings = ["Two machines", "Ray's cluster launcher", "A job"]
     lines = [
         line.partition(" #")[0].partition(" > ")[0]
@@ -86,6 +86,7 @@ def served(script: str) -> str:
 
 @pytest.mark.parametrize("name", RAY_FILES)
 def test_rays_launcher_takes_its_files(name: str) -> None:
+    pytest.importorskip("afd.cluster.ray_core")
     util = pytest.importorskip("ray.autoscaler._private.util")
     (document,) = documents(name)
     util.validate_config(util.prepare_config(document))
@@ -104,7 +105,7 @@ def test_rays_launcher_takes_its_files(name: str) -> None:
 
 
 def test_what_the_launchers_nodes_offer_is_what_the_deployment_wants() -> None:
-    pytest.importorskip("ray")
+    pytest.importorskip("afd.cluster.ray_core")
     wanted = config.load(DEPLOY / "cluster.yaml")
     (document,) = documents("ray/on-premise.yaml")
     for key, section in (("head", wanted.attention), ("worker", wanted.ffn)):
