@@ -21,9 +21,10 @@ from afd.types import ClusterView, Role
 from router.generation import Generation
 from router.http import errors, exchange
 from router.http.exchange import Exchange
+from router.openai.bodies import parse, reading
 from router.openai.fields import shown
 from router.openai.responses import ChatShape, CompletionShape, Json, Shape, Style
-from router.openai.schema import ChatRequest, CompletionRequest, parse, reading
+from router.openai.schema import ChatRequest, CompletionRequest
 from router.openai.tokenization import Tokenization
 from router.relay import policy
 from router.relay.job import Job

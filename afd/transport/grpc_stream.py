@@ -20,17 +20,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
 from afd.credentials import OPEN, Credentials
-from afd.errors import FrameError, PeerLost, PeerTimeout, TransportError
+from afd.errors import PeerLost, PeerTimeout, TransportError
 from afd.heap import keep_freed_memory
 from afd.rpc import ffn_pb2
 from afd.rpc.core import grpc
 from afd.rpc.secure import SyncGuard, channel, lost, metadata, open_port, server_options
 from afd.transport.base import Hello, Link, Listener
 from afd.transport.binding import split_bind, why_not
-from afd.transport.frame import Buffer, Frame, Slot, decode, encode, peek
+from afd.transport.envelope import unwrap, wrap
+from afd.transport.frame import Frame, Slot, decode, encode, peek
 from afd.transport.handshake import answer, check_welcome, hello_packet
 from afd.transport.mailbox import Mailbox, wait_readable
 from afd.transport.shape import HEADER_BYTES
@@ -38,9 +37,6 @@ from afd.transport.shape import HEADER_BYTES
 _log = logging.getLogger(__name__)
 
 _METHOD = f"/{ffn_pb2.DESCRIPTOR.services_by_name['Ffn'].full_name}/Exchange"
-_FRAME_TAG = b"\x0a"  # field 1, length-delimited, of FromAttention and FromFfn alike
-_PAD_TAG = b"\x1a"  # field 3, length-delimited, of both
-_PREFIX_BYTES = 16  # what comes before the frame: so it lies aligned in the message, and its tensors in it
 _COPIED_BYTES = 256 * 1024  # frames up to this size are copied once more: that takes less than making new tensors
 _ENVELOPE_BYTES = 1024  # room for tag and length, and for the handshake's messages
 _MAX_STREAMS = 256  # one thread each
@@ -322,48 +318,3 @@ class GrpcListener(Listener):
 def _show_out(context: grpc.ServicerContext) -> None:
     _log.warning("the gRPC client %s said nothing for %g s and was shown out", context.peer(), _HANDSHAKE_S)
     context.cancel()
-
-
-def wrap(frame: list[Buffer]) -> bytes:
-    """An encoded frame as a serialized FromAttention or FromFfn (their fields have the same numbers), which it starts
-    _PREFIX_BYTES into."""
-    length = _varint(sum(memoryview(part).nbytes for part in frame))
-    pad = _PREFIX_BYTES - 2 - len(_FRAME_TAG) - len(length)
-    return b"".join([_PAD_TAG, bytes([pad]), bytes(pad), _FRAME_TAG, length, *frame])
-
-
-def unwrap(message: bytes) -> memoryview:
-    """The frame's bytes inside a serialized message. Raises FrameError when it carries none."""
-    view = memoryview(message)
-    start = 2 + message[1] if message[:1] == _PAD_TAG and len(message) > _PREFIX_BYTES else 0
-    if message[start : start + 1] == _FRAME_TAG:
-        length, start = _read_varint(message, start + 1)
-        if start + length == len(message):
-            return view[start:]
-    try:  # Legal, if unlike what `wrap` makes: fields out of order, or sent twice.
-        parsed = ffn_pb2.FromAttention.FromString(message)
-    except DecodeError:
-        parsed = ffn_pb2.FromAttention()
-    if not parsed.HasField("frame"):
-        raise FrameError(f"a gRPC message of {len(message)} bytes carries no frame")
-    return memoryview(parsed.frame)
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _read_varint(message: bytes, start: int) -> tuple[int, int]:
-    """A number of at most 5 bytes, and where it ends."""
-    value = 0
-    for shift, byte in enumerate(message[start : start + 5]):
-        value |= (byte & 0x7F) << 7 * shift
-        start += 1
-        if byte < 0x80:
-            break
-    return value, start

@@ -1,4 +1,4 @@
-"""OpenAPI document (/openapi.json). Bodies are read by hand (router.openai.schema); what they are is said here."""
+"""OpenAPI document (/openapi.json). Bodies are read by hand (router.openai.bodies); what they are is said here."""
 
 from __future__ import annotations
 

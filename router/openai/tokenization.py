@@ -7,9 +7,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from router.openai.bodies import json_object, reading, validate
 from router.openai.fields import TokenId
 from router.openai.responses import Json
-from router.openai.schema import ChatPrompt, json_object, reading, validate
+from router.openai.schema import ChatPrompt
 from router.relay.jobs import Jobs
 from router.text.tokenizer import off_loop
 

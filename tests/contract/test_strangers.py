@@ -27,6 +27,7 @@ from afd.errors import HandshakeRefused, TransportError
 from afd.rpc import secure
 from afd.transport import grpc_stream, shm
 from afd.transport.attention_port import AttentionPort
+from afd.transport.envelope import wrap
 from afd.transport.frame import Frame, FrameKind, encode
 from afd.transport.handshake import hello_packet
 from afd.transport.shm_link import Region
@@ -291,7 +292,7 @@ def test_a_grpc_client_that_does_not_read_its_answers_is_cut_off(caplog: pytest.
                     microbatch = sequence % HELLO.microbatches
                     identity = (HELLO.epoch, 5, 0, microbatch, 0, 0, sequence)
                     dispatch = Frame(FrameKind.DISPATCH, *identity, len(y), y, None, None)
-                    yield grpc_stream.wrap(encode(dispatch))
+                    yield wrap(encode(dispatch))
 
             call = channel.stream_stream(EXCHANGE)(requests())
             settle(lambda: int("attention_rank 5 does not read" not in caplog.text), 0)

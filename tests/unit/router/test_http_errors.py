@@ -203,7 +203,7 @@ def test_switches_of_vllm_that_are_off_are_accepted_by_both_endpoints(router):
 
 
 def test_a_field_that_nobody_knows_is_dropped_with_a_line_in_the_debug_log(router, caplog):
-    with caplog.at_level(logging.DEBUG, "router.openai.schema"):
+    with caplog.at_level(logging.DEBUG, "router.openai.bodies"):
         body = {"model": "tiny", "prompt": "hi", "frobnicate": {"a": 1}}
         assert router.http.post("/v1/completions", json=body).status_code == 200
     assert "'frobnicate'" in caplog.text

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from afd.errors import FrameError, TransportError
 from afd.rpc import ffn_pb2
 from afd.transport.binding import split_bind
-from afd.transport.grpc_stream import unwrap, wrap
+from afd.transport.envelope import unwrap, wrap
 
 PARTS = st.lists(st.binary(max_size=300), max_size=4)
 
