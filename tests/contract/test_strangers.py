@@ -295,7 +295,10 @@ def test_a_grpc_client_that_does_not_read_its_answers_is_cut_off(caplog: pytest.
                     yield wrap(encode(dispatch))
 
             call = channel.stream_stream(EXCHANGE)(requests())
-            settle(lambda: int("attention_rank 5 does not read" not in caplog.text), 0)
+            end = time.monotonic() + SOON_S
+            while "attention_rank 5 does not read" not in caplog.text:
+                assert time.monotonic() < end, caplog.text
+                time.sleep(0.02)
             with pytest.raises(grpc.RpcError) as caught:
                 list(call)
             cut.set()

@@ -34,18 +34,23 @@ SETTINGS: dict[str, Any] = {
 @dataclass
 class Load:
     """Streams without end. `said` is what each prompt was answered, every time; `gaps` the times between two tokens of
-    a stream, as (begin, end)."""
+    a stream, as (begin, end); `refused` counts those that were not accepted, because no attention worker was left."""
 
     url: str
     said: dict[int, list[list[int]]] = field(default_factory=lambda: {number: [] for number in range(PROMPTS)})
     gaps: list[tuple[float, float]] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
-    def ask(self, number: int) -> None:
+    def ask(self, number: int) -> bool:
+        """Whether it was accepted; then it must end as it should."""
         body = {"model": "tiny", "prompt": [number + 1, 2, 3], "max_tokens": TOKENS, "seed": number, "temperature": 0.9}
         body |= {"stream": True, "ignore_eos": True, "return_token_ids": True}
         ids, last_s = list[int](), time.monotonic()
         with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=90.0) as answer:
+            if answer.status_code == 503:
+                self.refused.append(number)
+                return False
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
@@ -56,13 +61,16 @@ class Load:
                     self.gaps.append((last_s, now_s))
                     last_s = now_s
         self.said[number].append(ids)
+        return True
 
     def run(self, first: int) -> int:
-        """Asks prompt after prompt until it is over; how many."""
+        """Asks prompt after prompt until it is over; how many were accepted."""
         asked = 0
         while not self.over.is_set():
-            self.ask((first + asked * STREAMS) % PROMPTS)
-            asked += 1
+            if self.ask((first + asked * STREAMS) % PROMPTS):
+                asked += 1
+            else:
+                self.over.wait(0.2)
         return asked
 
     def recovered_s(self, fault_s: float) -> float:
@@ -94,12 +102,14 @@ def test_killed_and_frozen_workers_of_both_roles_cost_no_stream_a_token(tmp_path
             list(pool.map(quiet.ask, range(PROMPTS)))
             running = [pool.submit(load.run, first) for first in range(STREAMS)]
             faults, end_s = list[tuple[str, float]](), time.monotonic() + SECONDS
-            while time.monotonic() < end_s:
-                if fault := strike(server, dice):
-                    faults.append(fault)
-                load.over.wait(max(0.0, min(end_s - time.monotonic(), dice.uniform(0.8, 1.2) * EVERY_S)))
-                assert not any(stream.done() for stream in running), [s.exception() for s in running if s.done()]
-            load.over.set()
+            try:
+                while time.monotonic() < end_s:
+                    if fault := strike(server, dice):
+                        faults.append(fault)
+                    load.over.wait(max(0.0, min(end_s - time.monotonic(), dice.uniform(0.8, 1.2) * EVERY_S)))
+                    assert not any(stream.done() for stream in running), [s.exception() for s in running if s.done()]
+            finally:
+                load.over.set()
             asked = sum(stream.result(timeout=120) for stream in running)
         expected = {number: answers[0] for number, answers in quiet.said.items()}
         assert all(answer == expected[number] for number, answers in load.said.items() for answer in answers)
@@ -111,5 +121,6 @@ def test_killed_and_frozen_workers_of_both_roles_cost_no_stream_a_token(tmp_path
             if took:
                 middle, most = statistics.median(took), max(took)
                 print(f"{role}: {len(took)} faults, to the next token {middle:.2f} s, at most {most:.2f} s")
-        print(f"{asked} streams, {len(faults)} faults in {SECONDS:g} s: {[what for what, _ in faults]}")
+        what = [what for what, _ in faults]
+        print(f"{asked} streams, {len(load.refused)} refused, {len(what)} faults in {SECONDS:g} s: {what}")
     assert len(faults) >= SECONDS / EVERY_S / 1.3
